@@ -1,0 +1,46 @@
+"""What the commands of this folder share: key=value arguments, flags, one-line errors."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from liquiddiff.config import BadInput, choose
+
+if TYPE_CHECKING:
+    from experiments.room import Experiment
+
+ROOMS = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def rooms(name: str, root: Path = ROOMS) -> list["Experiment"]:
+    """The experiment `name`, or every one for `all`. Imported late: the arrow is experiments -> analysis."""
+    from experiments.room import select
+
+    return select(name, root)
+
+
+def arguments(
+    argv: list[str], defaults: dict[str, str], flags: tuple[str, ...] = ()
+) -> tuple[dict[str, str], set[str]]:
+    """({key: value}, flags given). Raises BadInput for what is neither a known key=value nor a known flag."""
+    values, given = dict(defaults), set()
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if equals:
+            values[choose("key", key, defaults)] = value
+        else:
+            given.add(choose("argument", argument, [*flags, *(f"{key}=..." for key in defaults)]))
+    return values, given
+
+
+def run(command: Callable[[list[str]], int], help_text: str | None) -> int:
+    """Exit status of `command` on the command line: 2 and one line for bad input."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((help_text or "").strip())
+        return 0
+    try:
+        return command(sys.argv[1:])
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,210 @@
+"""From runs to evidence: write each room's results.csv, one row a run and NFE, and the floor as arm `real`.
+
+    python -m analysis.collect [experiment=ROOM|all] [out=DIR] [tracking_uri=URI]
+
+Reads the run folders under out= (default runs/), which hold everything, and also MLflow where tracking_uri= is given.
+A run belongs to a room if the room lists its arm and seed and its configuration is the one that the arm has today, at
+the run's tier and data set: a run with another learning rate is another experiment. Rows of runs that are no longer
+here are kept, so several machines can add to one file; a second collection changes nothing.
+--benchmark times 10,000 runs in MLflow.
+"""
+
+import csv
+import io
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis import cli
+from analysis.runs import SCORES, Found, from_folders, from_mlflow
+from liquiddiff.config import BadInput
+
+if TYPE_CHECKING:
+    from experiments.room import Experiment
+
+COLUMNS = (
+    "arm seed tier data data_fingerprint signature commit device images batch n reference extractor solver nfe ema "
+    "fd fd_pixel kid precision recall loss val_loss params macs images_per_second peak_mib seconds"
+).split()
+WHOLE = frozenset("seed images batch n nfe ema params macs".split())
+Row = dict[str, str]
+Signature = Callable[["Experiment", str, str, str], str | None]  # of (experiment, arm, tier, data set)
+
+
+def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> str | None:
+    """The signature that an arm has today in `experiment`; None where that tier and data set are not the room's.
+
+    Arrows run experiments -> analysis, so this is imported by the command alone, when it runs: only composing says
+    whether a run is the room's, or a learning-rate trial of the same arm in the same folder.
+    """
+    from experiments import compose
+
+    overrides = experiment.at(tier).overrides
+    path = [f"data.path=/{data.removeprefix('folder-')}"] if data.startswith("folder-") else []
+    free = [f"tier={tier}", f"data={'folder' if path else data}", *path]
+    fixed = {override.split("=")[0] for override in overrides}
+    arguments = [*(o for o in free if o.split("=")[0] not in fixed), *overrides, f"ablation={arm}"]
+    try:
+        return compose.as_run(compose.one(arguments)).signature()
+    except BadInput:
+        return None
+
+
+def belonging(
+    found: Iterable[Found], experiment: "Experiment", signature_of: Signature
+) -> tuple[list[Found], list[str]]:
+    """The room's runs, the newest of each (tier, data, arm, seed), and the names of those that only look like it."""
+    signature = cache(lambda *key: signature_of(experiment, *key))
+    chosen: dict[tuple[str, str, str, int], Found] = {}
+    others = []
+    for each in found:
+        run = each.run
+        if run.arm not in experiment.arms or run.seed not in experiment.at(run.tier).seeds:
+            continue
+        if run.signature() != signature(run.arm, run.tier, run.data.name):
+            others.append(each.name)
+            continue
+        key = (run.tier, run.data.name, run.arm, run.seed)
+        if key not in chosen or (each.started, each.name) > (chosen[key].started, chosen[key].name):
+            chosen[key] = each
+    return list(chosen.values()), others
+
+
+def rows_of(found: Found) -> list[Row]:
+    """A run's rows: one for each NFE, and its floor."""
+    run, facts = found.run, found.facts
+    place = {"tier": run.tier, "data": run.data.name, "data_fingerprint": facts.get("data_fingerprint")}
+    same = {
+        **{key: facts.get(key) for key in COLUMNS if key in facts},
+        **place,
+        "arm": run.arm,
+        "seed": run.seed,
+        "signature": found.signature,
+        "images": run.optim.images,
+        "batch": run.optim.batch,
+        "ema": run.optim.ema,
+    }
+    rows = [same | {key: each.get(key) for key in COLUMNS if key in each} for each in found.evaluations]
+    if found.floor and found.evaluations:
+        reference = f"{facts.get('data_fingerprint')}/{int(found.floor['reference_n'])}"
+        scores = {key: found.floor.get(key) for key in ("n", *SCORES)}
+        floor = {**place, "arm": "real", "reference": reference, "extractor": found.evaluations[0]["extractor"]}
+        rows.append(floor | scores)
+    return [{column: text(column, row.get(column)) for column in COLUMNS} for row in rows]
+
+
+def text(column: str, value: Any) -> str:
+    """A value as results.csv has it: numbers with six significant digits, "" for what is missing."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str) and column not in WHOLE and column not in NUMBERS:
+        return " ".join(value.split())
+    number = float(value)
+    if not math.isfinite(number):
+        return ""
+    return str(int(number)) if column in WHOLE and number == int(number) else f"{number:.6g}"
+
+
+NUMBERS = frozenset(COLUMNS[COLUMNS.index("fd") :])
+
+
+def merge(old: Iterable[Row], new: Iterable[Row], experiment: "Experiment") -> list[Row]:
+    """Old rows, those of the runs in `new` replaced, in one order."""
+
+    def run_of(row: Row) -> tuple[str, ...]:
+        floor = (row["extractor"], row["n"], row["data_fingerprint"]) if row["arm"] == "real" else ()
+        return (row["tier"], row["data"], row["arm"], row["seed"], *floor)
+
+    def order(row: Row) -> tuple[Any, ...]:
+        arms = [*experiment.arms, row["arm"]] if row["arm"] != "real" else [*experiment.arms, "", "real"]
+        tiers = ["laptop", "hour", "paper", row["tier"]]
+        numbers = (int(row["seed"] or 0), float(row["nfe"] or 0))
+        return (tiers.index(row["tier"]), row["data"], arms.index(row["arm"]), row["arm"], *numbers, *row.values())
+
+    runs: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in old:
+        runs[run_of(row)].append(row)
+    fresh: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in new:
+        if row not in (rows := fresh[run_of(row)]) and not (row["arm"] == "real" and rows):
+            rows.append(row)
+    return sorted((row for rows in (runs | fresh).values() for row in rows), key=order)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results.csv as they stand there; none where there is no file. Raises BadInput for other columns."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames and set(reader.fieldnames) - set(COLUMNS):
+            strange = sorted(set(reader.fieldnames) - set(COLUMNS))
+            raise BadInput(f"{path} has columns that this version does not know: {', '.join(strange)}")
+        return [{column: row.get(column) or "" for column in COLUMNS} for row in reader]
+
+
+def write(path: Path, rows: list[Row]) -> bool:
+    """Write results.csv, by atomic replace; False where it says so already."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if path.exists() and path.read_text() == buffer.getvalue():
+        return False
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(buffer.getvalue())
+    os.replace(temporary, path)
+    return True
+
+
+def collect(found: list[Found], experiment: "Experiment", folder: Path, signature_of: Signature = composed) -> None:
+    """Bring one room's results.csv up to date and say in a few lines what happened."""
+    runs, others = belonging(found, experiment, signature_of)
+    path = folder / "results.csv"
+    old = read(path)
+    new = [row for each in sorted(runs, key=lambda each: each.name) for row in rows_of(each)]
+    rows = merge(old, new, experiment)
+    if others:
+        print(f"{experiment.name}: left out {len(others)} runs with another configuration, as {others[0]}")
+    if not rows:
+        print(f"{experiment.name}: no finished run yet: python experiments/run.py experiment={experiment.name}")
+        return
+    changed = write(path, rows)
+    count = Counter(row["arm"] for row in {(r["tier"], r["data"], r["arm"], r["seed"]): r for r in rows}.values())
+    del count["real"]
+    missing = [arm for arm in experiment.arms if not count[arm]]
+    print(
+        f"{experiment.name}: {sum(count.values())} runs of {len(count)} arms, {len(runs)} of them found here, "
+        f"{'written to' if changed else 'nothing new in'} {path}"
+        + (f"; no run yet of {', '.join(missing)}" if missing else "")
+    )
+
+
+def main(argv: list[str], root: Path = cli.ROOMS, signature_of: Signature = composed) -> int:
+    """Entry point; returns the exit status."""
+    values, flags = cli.arguments(argv, {"experiment": "all", "out": "", "tracking_uri": ""}, ("--benchmark",))
+    if flags:
+        from analysis.collect_benchmark import benchmark
+
+        return benchmark()
+    rooms = cli.rooms(values["experiment"], root)
+    arms = {arm for experiment in rooms for arm in experiment.arms}
+    out = Path(values["out"] or "runs").expanduser()
+    if values["out"] and not out.is_dir():
+        raise BadInput(f"out={values['out']} is no folder")
+    # Folders come last, and so win where both have the same run.
+    found = from_mlflow(values["tracking_uri"], arms.__contains__) if values["tracking_uri"] else []
+    if values["out"] or not values["tracking_uri"]:
+        found = list({each.name: each for each in [*found, *from_folders(out, arms.__contains__)]}.values())
+    for experiment in rooms:
+        collect(found, experiment, root / experiment.name, signature_of)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, __doc__))

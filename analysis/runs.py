@@ -1,0 +1,195 @@
+"""Finished runs, read from run folders or from MLflow: both give the same `Found`."""
+
+import ast
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from liquiddiff.config import BadInput, Run, flatten, from_dict
+
+FOLDER = re.compile(r"(?P<arm>.+)-(?P<signature>[0-9a-f]{8})-s(?P<seed>\d+)")
+SCORES = ("fd", "fd_pixel", "kid", "precision", "recall")
+Row = dict[str, Any]
+Wanted = Callable[[str], bool]  # by the arm's name
+
+
+@dataclass
+class Found:
+    """A finished run: its configuration, what env.json and done say of it, and its scores."""
+
+    run: Run
+    signature: str  # under which it ran, which names its folder
+    facts: Row
+    evaluations: list[Row]  # nfe, n, extractor, solver, reference and SCORES
+    floor: Row | None  # n, reference_n and SCORES
+
+    @property
+    def started(self) -> float:
+        """Seconds since 1970; 0 where it is not known."""
+        text = self.facts.get("started")
+        return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        return f"{self.run.arm}-{self.signature}-s{self.run.seed}"
+
+
+def from_folders(out: Path, wanted: Wanted = lambda arm: True) -> list[Found]:
+    """The finished runs under `out`. Others, and what cannot be read, are named on stderr and left out."""
+    found, unfinished = [], []
+    for folder in sorted(out.iterdir()) if out.is_dir() else []:
+        match = FOLDER.fullmatch(folder.name)
+        if not match or not wanted(match["arm"]):
+            continue
+        if not (folder / "done").exists():
+            unfinished.append(folder.name)
+            continue
+        try:
+            found.append(_from_folder(folder, match["signature"]))
+        except (BadInput, ValueError, TypeError, OSError) as error:
+            print(f"left out {folder}: {' '.join(str(error).split())}", file=sys.stderr)
+    if unfinished:
+        more = f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else ""
+        print(f"left out, not finished: {', '.join(unfinished[:3])}{more}", file=sys.stderr)
+    return found
+
+
+def _from_folder(folder: Path, signature: str) -> Found:
+    from liquiddiff.record import Record, read_run
+
+    run = read_run(folder)
+    record = Record(run, folder.parent)
+    record.folder = folder  # its signature is the one that it ran under; today's code may give another
+    rows = record.rows()
+    facts = record.facts()
+    for key in ("loss", "val_loss"):
+        facts[key] = next((row[key] for row in reversed(rows) if key in row), None)
+    floor = next((row for row in rows if row.get("floor")), None)
+    return Found(run, signature, facts, record.evaluations(), floor)
+
+
+def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
+    """The finished runs of an MLflow store.
+
+    A SQL store is read by four queries, because the client needs minutes for 10,000 runs; any other by the client.
+    """
+    sql = uri.split(":")[0].split("+")[0] in {"sqlite", "postgresql", "mysql"}
+    stored = _read_sql(uri) if sql else _read_client(uri)
+    names = {"fd_pixel", "kid", "precision", "recall"}
+    found = []
+    for params, tags, last, history in stored:
+        if not wanted(tags.get("arm", "")):
+            continue
+        run = _parse_run(tuple(sorted(params.items())))
+        if run is None:
+            print(f"left out an MLflow run of {tags.get('arm')}: its parameters are not a Run", file=sys.stderr)
+            continue
+        fd = "fid" if run.eval.extractor == "inception" else f"fd_{run.eval.extractor}"
+        by_nfe: dict[int, Row] = defaultdict(dict)
+        for key, nfe, value in history:
+            if key == fd or key in names:
+                by_nfe[nfe]["fd" if key == fd else key] = value
+        same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
+        same["reference"] = tags.get("reference")
+        facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
+        floor = {key.removeprefix("floor_"): value for key, value in last.items() if key.startswith("floor_")}
+        evaluations = [{"nfe": nfe, **same, **row} for nfe, row in sorted(by_nfe.items())]
+        found.append(Found(run, tags.get("signature", run.signature()), facts, evaluations, floor or None))
+    return found
+
+
+Stored = tuple[dict[str, str], dict[str, str], dict[str, float], list[tuple[str, int, float]]]
+
+
+def _read_sql(uri: str) -> Iterable[Stored]:
+    """(params, tags, last metrics, [(key, nfe, value)]) of every finished run, by SQL."""
+    import sqlalchemy as sa
+
+    if uri.startswith("sqlite:") and not Path(uri.split("///", 1)[-1]).exists():
+        raise BadInput(f"there is no MLflow store at {uri}; python -m analysis.sync makes one from run folders")
+    engine = sa.create_engine(uri)
+    of_runs = (
+        "from {} join runs on runs.run_uuid = {}.run_uuid where status = 'FINISHED' and lifecycle_stage = 'active'"
+    )
+    params: dict[str, dict] = defaultdict(dict)
+    tags: dict[str, dict] = defaultdict(dict)
+    last: dict[str, dict] = defaultdict(dict)
+    history: dict[str, list] = defaultdict(list)
+    scores = (
+        "(metrics.key in ('fid', 'fd_pixel', 'kid', 'precision', 'recall') or metrics.key like 'fd\\_%' escape '\\')"
+    )
+    with engine.connect() as connection:
+        for table, store in (("params", params), ("tags", tags), ("latest_metrics", last)):
+            query = f"select {table}.run_uuid, {table}.key, {table}.value {of_runs.format(table, table)}"
+            for run_id, key, value in connection.execute(sa.text(query)):
+                store[run_id][sys.intern(key)] = value
+        # In the order of logging, so that the last of a step that was logged twice wins.
+        query = f"select metrics.run_uuid, metrics.key, step, metrics.value {of_runs.format('metrics', 'metrics')}"
+        for run_id, key, step, value in connection.execute(sa.text(f"{query} and {scores} order by timestamp")):
+            history[run_id].append((key, step, value))
+    engine.dispose()
+    return [(params[run_id], tags[run_id], last[run_id], history[run_id]) for run_id in sorted(params)]
+
+
+def _read_client(uri: str) -> Iterable[Stored]:
+    """The same through mlflow's client, for a tracking server: a call for each metric of each run, 16 at a time."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri)
+
+    def histories(run: Any) -> list[tuple[str, int, float]]:
+        keys = [k for k in run.data.metrics if k in SCORES or k == "fid" or k.startswith("fd_")]
+        points = [(point, key) for key in keys for point in client.get_metric_history(run.info.run_id, key)]
+        return [(key, p.step, p.value) for p, key in sorted(points, key=lambda point: point[0].timestamp)]
+
+    try:
+        runs: list[Any] = []
+        ids, token = [experiment.experiment_id for experiment in client.search_experiments()], None
+        while token != "":
+            page = client.search_runs(ids, "attributes.status = 'FINISHED'", max_results=1000, page_token=token)
+            runs, token = runs + list(page), page.token or ""
+        with ThreadPoolExecutor(16) as pool:
+            points = list(pool.map(histories, runs))
+    except MlflowException as error:
+        raise BadInput(f"cannot read MLflow at {uri}: {str(error).splitlines()[0][:200]}") from error
+    return [(r.data.params, r.data.tags, r.data.metrics, h) for r, h in zip(runs, points, strict=True)]
+
+
+def _parse_run(params: tuple[tuple[str, str], ...]) -> Run | None:
+    """The `Run` behind MLflow's parameters, which are strings; None where they are not a Run's."""
+    mine = tuple(item for item in params if item[0] != "seed")
+    run = _parse_config(mine)
+    seed = dict(params).get("seed", "0")
+    return run and Run(**{**run.__dict__, "seed": int(seed)})
+
+
+@cache
+def _parse_config(params: tuple[tuple[str, str], ...]) -> Run | None:
+    defaults = flatten(Run())
+    nested: dict[str, Any] = {}
+    try:
+        for key, text in params:
+            default = defaults.get(key)
+            if default is None:  # an optional path
+                value = None if text == "None" else text
+            else:
+                value = text if isinstance(default, str) else ast.literal_eval(text)
+            *parents, leaf = key.split(".")
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[leaf] = value
+        return from_dict(Run, nested)
+    except (BadInput, ValueError, SyntaxError, TypeError):
+        return None

@@ -1,0 +1,213 @@
+"""Statistics of seeds: every rule by which a table calls an arm better, worse or equivalent stands here, once.
+
+Values are {seed: metric}; differences are arm minus baseline, paired by seed, because both arms of a seed see the same
+images, noise and initial weights.
+
+The interval is a seeded percentile bootstrap of the paired differences, its two halves stretched about the mean by
+sqrt(n / (n - 1)) · t / z, and nowhere narrower than the paired t interval. The stretch undoes the two faults that the
+bootstrap has with few seeds: it divides by n, not n - 1, and takes normal quantiles (Hesterberg 2015, "What teachers
+should know about the bootstrap"; stretched, because with 3 seeds wider percentiles would still end at the extremes).
+Coverage of nominal 95 %, 1,500 simulations each (tests/test_stats.py repeats it):
+
+    n seeds   normal: percentile  this    lognormal - lognormal: this    exponential: this
+       3               0.75       0.95              0.97                      0.90
+       5               0.84       0.96              0.96                      0.91
+      10               0.90       0.95              0.96                      0.90
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+
+from liquiddiff.config import BadInput
+
+LEVEL, ALPHA, POWER, RESAMPLES = 0.95, 0.05, 0.8, 10_000
+PROTOCOL = "n reference extractor solver nfe data_fingerprint images batch".split()
+
+Values = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm against the baseline, over the seeds that both have."""
+
+    n: int
+    mean: float  # arm minus baseline; nan at n = 0
+    low: float  # 95 % interval; nan below two seeds
+    high: float
+    p: float  # paired t test, uncorrected
+    holm: float  # the same, corrected over the room's arms
+    improvement: float  # probability that a seed of the arm beats a seed of the baseline
+    verdict: str  # better, worse, equivalent, undecided
+
+
+def mean_se(values: Iterable[float]) -> tuple[float, float | None, int]:
+    """Mean, its standard error (ddof 1; None where n < 2) and n. The mean of nothing is nan."""
+    x = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
+    if not len(x):
+        return math.nan, None, 0
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None, len(x)
+
+
+def paired(arm: Values, baseline: Values) -> np.ndarray:
+    """Arm minus baseline for the seeds that both have, in the order of the seeds."""
+    both = sorted(s for s in arm.keys() & baseline.keys() if math.isfinite(arm[s]) and math.isfinite(baseline[s]))
+    return np.array([arm[s] - baseline[s] for s in both], dtype=float)
+
+
+def percentile_interval(differences: np.ndarray) -> tuple[float, float]:
+    """The plain bootstrap interval, which covers too little with few seeds. RandomState: its stream never changes."""
+    n = len(differences)
+    means = differences[np.random.RandomState(0).randint(0, n, (RESAMPLES, n))].mean(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The 95 % interval described above; (nan, nan) below two seeds."""
+    d = np.asarray(differences, dtype=float)
+    n = len(d)
+    if n < 2:
+        return math.nan, math.nan
+    mean, t = float(d.mean()), stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    stretch = t / stats.norm.ppf((1 + LEVEL) / 2) * math.sqrt(n / (n - 1))
+    half = t * d.std(ddof=1) / math.sqrt(n)
+    low, high = (mean + stretch * (bound - mean) for bound in percentile_interval(d))
+    return float(min(low, mean - half)), float(max(high, mean + half))
+
+
+def p_value(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided paired t test; nan below two seeds."""
+    d = np.asarray(differences, dtype=float)
+    if len(d) < 2:
+        return math.nan
+    se = d.std(ddof=1) / math.sqrt(len(d))
+    if se == 0:
+        return 0.0 if d.mean() else 1.0
+    return float(2 * stats.t.sf(abs(d.mean()) / se, len(d) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction over all tests that could be made; a nan stays one and counts as no test."""
+    order = sorted((p, k) for k, p in enumerate(p_values) if math.isfinite(p))
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, k) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[k] = largest
+    return corrected
+
+
+def improvement(arm: Values, baseline: Values, lower_is_better: bool = True) -> float:
+    """P(a seed of the arm beats a seed of the baseline), ties half, over all pairs (Agarwal et al. 2021)."""
+    a, b = (np.array([v for v in x.values() if math.isfinite(v)]) for x in (arm, baseline))
+    if not len(a) or not len(b):
+        return math.nan
+    gain = np.sign(b[None, :] - a[:, None]) * (1 if lower_is_better else -1)
+    return float((gain + 1).mean() / 2)
+
+
+def verdict(low: float, high: float, p_holm: float, margin: float, lower_is_better: bool = True) -> str:
+    """The rule.
+
+    1. The whole interval inside ±margin: equivalent, even where the difference is significant, since differences below
+       the margin were declared not to matter before anything ran.
+    2. Else Holm-corrected p < 0.05 and an interval that excludes 0: better or worse.
+    3. Else, and always below two seeds: undecided.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "undecided"
+    if -margin < low and high < margin:
+        return "equivalent"
+    if p_holm < ALPHA and (low > 0 or high < 0):
+        return "better" if (high < 0) == lower_is_better else "worse"
+    return "undecided"
+
+
+def compare(
+    values: Mapping[str, Values], baseline: str, margin: float, lower_is_better: bool = True
+) -> dict[str, Difference]:
+    """Every arm but the baseline against it, corrected over all of them."""
+    arms = [arm for arm in values if arm != baseline]
+    base = values.get(baseline, {})
+    differences = {arm: paired(values[arm], base) for arm in arms}
+    p = [p_value(differences[arm]) for arm in arms]
+    result = {}
+    for arm, raw, corrected in zip(arms, p, holm(p), strict=True):
+        d = differences[arm]
+        low, high = interval(d)
+        result[arm] = Difference(
+            n=len(d),
+            mean=float(d.mean()) if len(d) else math.nan,
+            low=low,
+            high=high,
+            p=raw,
+            holm=corrected,
+            improvement=improvement(values[arm], base, lower_is_better),
+            verdict=verdict(low, high, corrected, margin, lower_is_better),
+        )
+    return result
+
+
+def best(values: Mapping[str, Values], lower_is_better: bool = True) -> set[str]:
+    """The arm of the best mean and those not significantly worse (paired t, Holm, 5 %); one seed takes no part."""
+    sign = 1 if lower_is_better else -1
+    means = {arm: sign * mean for arm, x in values.items() for mean, _, n in [mean_se(x.values())] if n > 1}
+    if not means:
+        return set()
+    first = min(means, key=lambda arm: means[arm])
+    others = [arm for arm in means if arm != first]
+    worse = holm([p_value(paired(values[arm], values[first])) for arm in others])
+    return {first} | {arm for arm, p in zip(others, worse, strict=True) if p >= ALPHA}
+
+
+def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int]:
+    """SD of a paired difference, pooled over the arms, and the fewest pairs; (nan, 0) where no arm has two pairs."""
+    pairs = [d for arm in values if arm != baseline and len(d := paired(values[arm], values.get(baseline, {}))) > 1]
+    if not pairs:
+        return math.nan, 0
+    squares = sum(float(((d - d.mean()) ** 2).sum()) for d in pairs)
+    return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), min(map(len, pairs))
+
+
+def power(shift: float, n: int, alpha: float = ALPHA) -> float:
+    """Power of the two-sided paired t test at n seeds, for a true difference of `shift` standard errors.
+
+    The noncentral t as an average over the quantiles of the sample SD: scipy's own fails at n = 2.
+    """
+    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+    sd = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
+    return float((stats.norm.cdf(shift - critical * sd) + stats.norm.cdf(-shift - critical * sd)).mean())
+
+
+def detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
+    """The smallest difference that n seeds show with 80 % power; nan where n < 2 or the spread is unknown."""
+    if n < 2 or not math.isfinite(sd):
+        return math.nan
+    top = 6 * stats.t.ppf(1 - alpha / 2, n - 1)  # standard errors: enough for every n
+    return float(brentq(lambda shift: power(shift, n, alpha) - POWER, 0, top, xtol=1e-6) * sd / math.sqrt(n))
+
+
+def plain(value: Any) -> str:
+    """A number without the decimal point that a column with gaps gives it."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def check_protocol(rows: Iterable[Mapping[str, Any]], varies: Sequence[str] = ()) -> None:
+    """Raise BadInput, naming the difference, unless all rows were measured alike in everything but `varies`."""
+    rows = list(rows)
+    for column in PROTOCOL:
+        if column in varies:
+            continue
+        first: dict[Any, Mapping[str, Any]] = {}
+        for row in rows:
+            first.setdefault(row[column], row)
+        if len(first) > 1:
+            where = ", ".join(
+                f"{plain(value)} in {row['arm']} (seed {plain(row['seed'])})" for value, row in first.items()
+            )
+            raise BadInput(f"these rows cannot be compared, their {column} differs: {where}")

@@ -1,0 +1,239 @@
+"""The table and the verdicts of a room, from its results.csv.
+
+    python -m analysis.tables [experiment=ROOM|all] [--check]
+
+Prints them, and writes them between `<!-- table:begin -->` and `<!-- table:end -->` in the room's README.md, between
+`<!-- table:ROOM:begin -->` and `<!-- table:ROOM:end -->` in the main README.md where it has these, and as LaTeX into
+paper/tables/ROOM.tex. A room has one table for each tier and data set; the rules are in analysis/stats.py.
+--check writes nothing and exits with 1 where a file does not show what results.csv says.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from analysis import cli, render, stats
+from analysis.render import MISSING, NOT_APPLICABLE, Cell, Table
+from liquiddiff.config import BadInput
+
+if TYPE_CHECKING:
+    from experiments.room import Experiment
+
+TIERS = ("laptop", "hour", "paper")
+HIGHER_IS_BETTER = ("precision", "recall")
+Values = dict[str, dict[int, float]]
+
+
+def load(folder: Path) -> pd.DataFrame:
+    """A room's results.csv. Raises BadInput where it has no rows yet."""
+    path = folder / "results.csv"
+    try:
+        frame = pd.read_csv(path, dtype={key: str for key in ("signature", "commit", "data_fingerprint", "reference")})
+    except (OSError, pd.errors.EmptyDataError):
+        frame = pd.DataFrame()
+    if frame.empty:
+        raise BadInput(
+            f"{path} has no rows yet: python experiments/run.py experiment={folder.name}, "
+            f"then python -m analysis.collect experiment={folder.name}"
+        )
+    return frame
+
+
+def tables_of(folder: Path, experiment: "Experiment") -> list[Table]:
+    """A room's tables, the laptop tier's first. Raises BadInput for rows that cannot be compared."""
+    frame = load(folder)
+    groups = sorted(frame.groupby(["tier", "data"]), key=lambda item: (rank(str(item[0][0])), item[0]))
+    tuned = tuned_arms(folder, experiment)
+    texts = {arm: what_it_changes(folder.parent, arm) for arm in experiment.arms}
+    tables = []
+    for k, ((tier, data), rows) in enumerate(groups):
+        slug = experiment.name if k == 0 else f"{experiment.name}-{tier}-{data}"
+        tables.append(table_of(rows, experiment.at(str(tier)), texts, tuned, f"{tier} tier, {data}", slug))
+    return tables
+
+
+def rank(tier: str) -> int:
+    """The tiers in the order of their budgets, others after them."""
+    return TIERS.index(tier) if tier in TIERS else len(TIERS)
+
+
+def what_it_changes(root: Path, arm: str) -> str:
+    """The first comment line of an arm's YAML."""
+    for path in sorted(root.glob(f"*/{arm}.yaml")):
+        first = (path.read_text().splitlines() or [""])[0]
+        return first.lstrip("# ").strip() if first.startswith("#") else NOT_APPLICABLE
+    return "nothing: the baseline"
+
+
+def tuned_arms(folder: Path, experiment: "Experiment") -> set[str]:
+    """Arms with the same learning-rate grid (two rates or more) as the first, by learning_rates.csv (arm, lr, ...)."""
+    path = folder / "learning_rates.csv"
+    if not path.exists():
+        return set()
+    grids = {str(arm): set(rows["lr"]) for arm, rows in pd.read_csv(path).groupby("arm")}
+    first = grids.get(experiment.arms[0], set())
+    return {arm for arm, grid in grids.items() if grid == first and len(grid) > 1}
+
+
+def values_of(rows: pd.DataFrame, experiment: "Experiment", column: str) -> Values:
+    """{arm: {seed: value}} of the experiment's arms and seeds."""
+    values: Values = {arm: {} for arm in experiment.arms}
+    for arm, seed, value in zip(rows["arm"], rows["seed"], pd.to_numeric(rows[column]), strict=True):
+        if arm in values and int(seed) in experiment.seeds and math.isfinite(value):
+            values[arm][int(seed)] = float(value)
+    return values
+
+
+def table_of(
+    rows: pd.DataFrame, experiment: "Experiment", texts: dict[str, str], tuned: set[str], title: str, slug: str
+) -> Table:
+    """One tier and data set."""
+    floor = rows[rows["arm"] == "real"]
+    mine = rows["arm"].isin(experiment.arms) & rows["seed"].isin(experiment.seeds) & (rows["nfe"] == experiment.nfe)
+    runs = rows[mine]
+    stats.check_protocol(({str(k): v for k, v in row.items()} for row in runs.to_dict("records")), experiment.varies)
+    extractor = "/".join(sorted(runs["extractor"].astype(str).unique())) or "/".join(floor["extractor"])
+    first, primary = experiment.arms[0], experiment.metric
+
+    def lower(column: str) -> bool:
+        return experiment.lower_is_better if column == primary else column not in HIGHER_IS_BETTER
+
+    metrics = [primary, *(name for name in ("val_loss", "kid", "precision", "recall") if name != primary)]
+    values = {name: values_of(runs, experiment, name) for name in metrics}
+    bold = {name: stats.best(values[name], lower(name)) for name in metrics}
+    against = {"val_loss": stats.compare(values["val_loss"], first, margin=0.0)}
+    against[primary] = stats.compare(values[primary], first, experiment.margin, experiment.lower_is_better)
+    bold[primary] -= {arm for arm, d in against[primary].items() if d.verdict == "worse"}
+
+    def head(name: str) -> list[str]:
+        arrow = "↓" if lower(name) else "↑"
+        if name not in against:
+            return [f"{render.label(name, extractor)} {arrow}"]
+        differs = [f"difference from {first} [95 % CI]"]
+        return [f"{render.label(name, extractor)} {arrow}", *differs, *(["verdict"] if name == primary else [])]
+
+    def cells(arm: str, name: str) -> list[Cell]:
+        own = [Cell(render.mean_se(*stats.mean_se(values[name][arm].values())), arm in bold[name])]
+        if name not in against:
+            return own
+        d = against[name].get(arm)
+        own.append(Cell(render.difference(d.mean, d.low, d.high, d.n) if d else NOT_APPLICABLE))
+        if name == primary:
+            own.append(Cell((d.verdict if d.n else MISSING) if d else NOT_APPLICABLE))
+        return own
+
+    def median(arm: str, column: str) -> float:
+        return float(pd.to_numeric(runs.loc[runs["arm"] == arm, column]).median())
+
+    def line(arm: str) -> list[Cell]:
+        count = len(values[primary][arm])
+        cost = [render.quantity(median(arm, key)) for key in ("params", "macs", "images_per_second")]
+        mark = "" if arm in tuned else " †"
+        return [
+            Cell(arm + mark),
+            Cell(texts[arm]),
+            Cell(f"{count}/{len(experiment.seeds)}"),
+            *(cell for name in metrics for cell in cells(arm, name)),
+            *(Cell(text) for text in cost),
+        ]
+
+    header = ["arm", "what it changes", "seeds", *(text for name in metrics for text in head(name))]
+    header += ["params", "MACs", "images/s"]
+    lines = [line(arm) for arm in experiment.arms]
+    lines.append(floor_line(floor, metrics, lines[0], header, extractor))
+    everyone = len(tuned & set(experiment.arms)) == len(experiment.arms)
+    note = note_of(runs, experiment, stats.pooled_sd(values[primary], first)) + ("" if everyone else UNTUNED)
+    verdicts = [render.sentence(arm, d, render.label(primary, extractor)) for arm, d in against[primary].items()]
+    return Table(
+        f"{title}, {render.label(primary, extractor)} at {experiment.nfe} NFE", header, lines, note, slug, verdicts
+    )
+
+
+UNTUNED = " † untuned: trained at the default learning rate, not searched on the grid of the first arm."
+
+
+def floor_line(
+    floor: pd.DataFrame, metrics: list[str], like: list[Cell], header: list[str], extractor: str
+) -> list[Cell]:
+    """Real images against other real images: what a perfect generator would score at this n."""
+    cells = [Cell("") for _ in like]
+    cells[0], cells[1] = Cell("real"), Cell("real images against others")
+    if floor.empty:
+        cells[2] = Cell(MISSING)
+        return cells
+    row = floor[floor["extractor"] == extractor].iloc[0] if extractor in set(floor["extractor"]) else floor.iloc[0]
+    cells[1] = Cell(f"held-out real images, n={int(row['n'])}")
+    for name in metrics:
+        value = float(row[name])
+        place = next(k for k, text in enumerate(header) if text.split(" ")[0] == render.label(name, extractor))
+        cells[place] = Cell(f"{value:.{render.decimals(None, value)}f}" if math.isfinite(value) else NOT_APPLICABLE)
+    return cells
+
+
+def note_of(runs: pd.DataFrame, experiment: "Experiment", spread: tuple[float, int]) -> str:
+    """The protocol, the devices, the command, and what the seeds could have shown."""
+
+    def of(column: str) -> str:
+        return ", ".join(sorted({stats.plain(value) for value in runs[column].dropna()})) or "?"
+
+    name, (sd, seeds) = experiment.name, spread
+    tests = max(1, len(experiment.arms) - 1)
+    least = stats.detectable(sd, seeds, stats.ALPHA / tests)
+    shows = f"{least:.2g}" if math.isfinite(least) else "unknown, with fewer than two seeds in each arm"
+    return (
+        f"Mean ± SE (seeds); bold: the best and what is not significantly worse. n={of('n')}, {experiment.nfe} NFE, "
+        f"solver {of('solver')}, extractor {of('extractor')}, reference {of('reference')}, EMA weights after "
+        f"{of('images')} images in batches of {of('batch')}, on {of('device')}. "
+        f"Made by `python experiments/run.py experiment={name}`, `python -m analysis.collect experiment={name}`, "
+        f"`python -m analysis.tables experiment={name}`. Smallest difference that {seeds or 'these'} seeds show with "
+        f"80 % power over {tests} {'arms' if tests > 1 else 'arm'}: {shows}; margin: {experiment.margin:g}."
+    )
+
+
+def files_of(folder: Path, experiment: "Experiment", tables: list[Table]) -> dict[Path, str]:
+    """{path: its text with these tables}."""
+    repository, name = folder.parent.parent, experiment.name
+    body = "\n\n".join(render.markdown(table) for table in tables)
+    readme, main_readme = folder / "README.md", repository / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    files = {readme: render.place(text, body, str(readme))}
+    if main_readme.exists() and f"<!-- table:{name}:begin -->" in main_readme.read_text():
+        files[main_readme] = render.place(main_readme.read_text(), body, str(main_readme), name)
+    return files | {repository / f"paper/tables/{table.slug}.tex": render.latex(table) for table in tables}
+
+
+def main(argv: list[str], root: Path = cli.ROOMS) -> int:
+    """Entry point; returns the exit status."""
+    values, flags = cli.arguments(argv, {"experiment": "all"}, ("--check",))
+    stale = []
+    for experiment in cli.rooms(values["experiment"], root):
+        folder = root / experiment.name
+        try:
+            load(folder)
+        except BadInput as error:
+            if values["experiment"] != "all":
+                raise
+            print(error)
+            continue
+        tables = tables_of(folder, experiment)
+        for path, text in files_of(folder, experiment, tables).items():
+            if path.exists() and path.read_text() == text:
+                continue
+            stale.append(path)
+            if not flags:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        if not flags:
+            for table in tables:
+                print("\n".join([f"## {experiment.name}", "", render.markdown(table), "", *table.verdicts, ""]))
+    if flags and stale:
+        print(f"not what results.csv says: {', '.join(map(str, stale))}; python -m analysis.tables", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, __doc__))

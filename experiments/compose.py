@@ -1,0 +1,192 @@
+"""From the command line to a `Run`: Hydra composes config.yaml, a set, a size, a tier, an arm and dotted keys.
+
+An arm is a YAML file in a room (experiments/ROOM/ARM.yaml), a tier one in tiers/. This file imports no torch, so that a
+typo is answered in a second.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.room import load_experiment
+from liquiddiff.config import DATA_SETS, SIZES, BadInput, Run, check, choose, flatten
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class Launch(Run):
+    """A `Run`, and how to launch it."""
+
+    experiment: str | None = None  # a room: its whole grid
+    jobs: int = 1  # local processes of a grid
+    dry: bool = False  # print, run nothing
+    force: bool = False  # start again although done; the old folder is kept
+
+
+@cache
+def arms() -> dict[str, Path]:
+    """Every arm's file, by name. Raises BadInput where two rooms have one of the same name."""
+    found: dict[str, Path] = {}
+    for path in sorted(ROOT.glob("*/*.yaml")):
+        if path.parent.name != "tiers" and path.name != "experiment.yaml":
+            if path.stem in found:
+                raise BadInput(f"two arms are named {path.stem}: {found[path.stem]} and {path}; rename one")
+            found[path.stem] = path
+    return found
+
+
+def tiers() -> dict[str, Path]:
+    """Every tier's file, by name."""
+    return {path.stem: path for path in sorted((ROOT / "tiers").glob("*.yaml"))}
+
+
+def rooms() -> dict[str, Path]:
+    """Every room's folder, by name."""
+    return {path.parent.name: path.parent for path in sorted(ROOT.glob("*/experiment.yaml"))}
+
+
+def room_of(arm: str) -> str:
+    """The room that an arm stands in."""
+    return arms()[arm].parent.name if arm in arms() else ""
+
+
+def groups() -> dict[str, list[str]]:
+    """What `data=`, `model=`, `tier=` and `ablation=` choose from."""
+    return {
+        "data": list(DATA_SETS),
+        "model": list(SIZES),
+        "tier": list(tiers()),
+        "ablation": ["baseline", *arms()],
+    }
+
+
+def check_overrides(overrides: list[str]) -> dict[str, str]:
+    """Refuse unknown keys and choices in one line. Returns the chosen groups."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value") from error
+    chosen = {}
+    keys = {**flatten(Launch()), **groups()}
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        choose("key", key, keys)
+        if override.is_sweep_override():
+            raise BadInput(f"{override.input_line}: only ablation= and seed= take a list a,b,c")
+        if key in groups():
+            chosen[key] = choose(
+                {"ablation": "arm", "data": "data set", "model": "size"}.get(key, key), str(value), groups()[key]
+            )
+    return chosen
+
+
+def one(overrides: list[str]) -> Launch:
+    """The launch that `overrides` ask for. Raises BadInput, in one line."""
+    chosen = check_overrides(overrides)
+    store = ConfigStore.instance()
+    store.store(name="launch", node=Launch)
+    for name, data in DATA_SETS.items():
+        store.store(group="data", name=name, node={"name": name, **data}, package="data")
+    for name, size in SIZES.items():
+        store.store(group="model", name=name, node={"size": name, **size}, package="model")
+    for name, path in tiers().items():
+        store.store(group="tier", name=name, node={**load(path), "tier": name}, package="_global_")
+    arm = chosen.get("ablation", "baseline")
+    values = load(arms()[arm]) if arm in arms() else {}
+    store.store(group="ablation", name=arm, node={**values, "arm": arm}, package="_global_")
+    try:
+        with initialize_config_dir(str(ROOT), version_base="1.3"):
+            launch = OmegaConf.to_object(compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadInput(first_line(error)) from error
+    assert isinstance(launch, Launch)
+    if launch.data.name == "folder":
+        if not launch.data.path:
+            raise BadInput("data=folder needs data.path=DIR, a folder of images or parquet files")
+        launch.data.name = f"folder-{Path(launch.data.path).expanduser().resolve().name}"
+    check(launch)
+    return launch
+
+
+def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
+    """The launch and its runs: one, or the grid of ablation=a,b and seed=0,1, or of experiment=ROOM|all.
+
+    Runs that several rooms share occur once. Raises BadInput.
+    """
+    sweeps = {"ablation": [""], "seed": [""]}
+    rest = []
+    for override in overrides:
+        key, _, values = override.partition("=")
+        if key in sweeps:
+            sweeps[key] = [v.strip() for v in values.split(",") if v.strip()]
+        else:
+            rest.append(override)
+    for seed in filter(None, sweeps["seed"]):
+        if not seed.isdecimal():
+            raise BadInput(f"seed={seed} must be a whole number, or several as seed=0,1,2")
+    grid = next((o.partition("=")[2] for o in rest if o.startswith("experiment=")), None)
+    cells: list[tuple[list[str], list[str], list[str]]]  # a room's overrides, arms, seeds
+    if grid in (None, "null"):
+        cells = [([], sweeps["ablation"], sweeps["seed"])]
+    else:
+        names = list(rooms()) if grid == "all" else [choose("experiment", grid, ["all", *rooms()])]
+        loaded = [load_experiment(rooms()[name]) for name in names]
+        if arm := next((a for a in sweeps["ablation"] if a and not any(a in room.arms for room in loaded)), None):
+            choose(f"arm of experiment={grid}", arm, {a for room in loaded for a in room.arms})
+        cells = [
+            (
+                room.overrides,
+                [a for a in room.arms if a in sweeps["ablation"] or sweeps["ablation"] == [""]],
+                sweeps["seed"] if sweeps["seed"] != [""] else [str(s) for s in room.seeds],
+            )
+            for room in loaded
+        ]
+    launch: Launch | None = None
+    runs: dict[str, Run] = {}
+    for extra, chosen, seeds in cells:
+        for arm in chosen:
+            arm_overrides = [*extra, *rest, *([f"ablation={arm}"] if arm else [])]
+            composed = one([*arm_overrides, *([f"seed={seeds[0]}"] if seeds[0] else [])])
+            launch = launch or composed
+            for seed in seeds:
+                run = replace(as_run(composed), seed=int(seed or composed.seed))
+                runs.setdefault(run.name, run)
+    assert launch is not None
+    return launch, list(runs.values())
+
+
+def as_run(launch: Launch) -> Run:
+    """The `Run` in a launch."""
+    return Run(**{f.name: getattr(launch, f.name) for f in fields(Run)})
+
+
+def diff(run: Run, baseline: Run) -> dict[str, tuple[Any, Any]]:
+    """{key: (baseline's value, run's value)} where they differ, the arm's name apart."""
+    mine, theirs = flatten(run), flatten(baseline)
+    return {key: (theirs[key], mine[key]) for key in mine if mine[key] != theirs[key] and key != "arm"}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict. Raises BadInput where it does not parse."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path)) or {}  # type: ignore[return-value]
+    except Exception as error:  # yaml and omegaconf raise many kinds
+        raise BadInput(f"{path} is not valid YAML: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The message of the innermost cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key else (lines or [type(error).__name__])[0]

@@ -1,0 +1,204 @@
+"""A grid of runs on this machine: `jobs` worker processes, each of them one run after another.
+
+A worker that fails, or dies, costs its run only. Finished runs are skipped, unfinished ones resumed.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.compose import Launch
+from liquiddiff.config import Run
+from liquiddiff.record import Record, set_aside
+
+
+def run_grid(launch: Launch, runs: list[Run]) -> int:
+    """Run what is not done. Returns the exit status; raises KeyboardInterrupt once every worker has saved."""
+    records = [Record(run) for run in runs]
+    if launch.dry:
+        show_plan(records)
+        return 0
+    if launch.force:
+        for record in records:
+            set_aside(record)
+    todo = [record for record in records if not record.done]
+    print(f"{len(records)} runs, {len(records) - len(todo)} done already, {launch.jobs} at a time", flush=True)
+    threads = launch.threads or max(1, (os.cpu_count() or 1) // launch.jobs)
+    todo = [record_with(record, threads) for record in todo]
+    failed = Pool(todo, launch.jobs).run() if todo else []
+    for record, reason in failed:
+        print(f"failed: {record.folder.name}: {reason} (its log: {record.folder / 'log.txt'})", file=sys.stderr)
+    print(f"{len(records) - len(failed)} of {len(records)} runs done; runs are in {records[0].out}")
+    return 1 if failed else 0
+
+
+def record_with(record: Record, threads: int) -> Record:
+    """The same run with its share of the cores; threads are not part of a signature."""
+    return Record(replace(record.run, threads=threads))
+
+
+def state_of(record: Record) -> tuple[str, int]:
+    """`done`, `part` or `new`, and the images trained so far."""
+    if record.done:
+        return "done", record.run.optim.images
+    images = max((row["images"] for row in record.rows() if "images" in row), default=0)
+    return ("part" if images else "new"), images
+
+
+def show_plan(records: list[Record]) -> None:
+    """The grid with its budgets, states and the minutes that are left, judged by the runs already done."""
+    from liquiddiff import budget
+
+    shape = {(r.run.model.size, r.run.image_shape) for r in records}
+    base = {key: budget.meta_cost(budget.baseline(r.run.model), r.run.image_shape) for key in shape for r in records}
+    costs: dict[str, Any] = {}
+    pace = []  # seconds per image and MAC of finished runs
+    for record in records:
+        key = record.run.signature()
+        costs[key] = costs.get(key) or budget.meta_cost(record.run.model, record.run.image_shape)
+        if record.done:
+            seconds = json.loads((record.folder / "done").read_text())["seconds"]
+            pace.append(seconds / (record.run.optim.images * costs[key].macs))
+    print(f"{'run':44}{'params':>10}{'':>9}{'MACs':>10}{'':>9}  state        minutes left")
+    total = 0.0
+    for record in records:
+        run, mine = record.run, costs[record.run.signature()]
+        theirs = base[(run.model.size, run.image_shape)]
+        state, images = state_of(record)
+        left = (run.optim.images - images) * mine.macs * sorted(pace)[len(pace) // 2] / 60 if pace else None
+        total += left or 0
+        params = f"{budget.human(mine.params):>10}{100 * (mine.params / theirs.params - 1):+8.1f}%"
+        macs = f"{budget.human(mine.macs):>10}{100 * (mine.macs / theirs.macs - 1):+8.1f}%"
+        share = f"{state} {100 * images // run.optim.images} %" if state == "part" else state
+        print(f"{record.folder.name:44}{params}{macs}  {share:12} {'?' if left is None else f'{left:.1f}'}")
+    done = sum(record.done for record in records)
+    print(f"{len(records)} runs, {done} done" + (f", {total:.0f} minutes of one process left" if pace else ""))
+
+
+class Pool:
+    """Workers, what each is doing, and one progress bar over all images."""
+
+    def __init__(self, todo: list[Record], jobs: int):
+        self.queue = list(todo)
+        self.total = len(todo)
+        self.failed: list[tuple[Record, str]] = []
+        self.busy: dict[Connection, tuple[Any, Record, float]] = {}  # pipe: (process, run, start)
+        self.images = {record.folder.name: 0 for record in todo}
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=sum(r.run.optim.images for r in todo), unit="img", unit_scale=True, smoothing=0.02,
+            mininterval=0.5 if tty else 60, ncols=None if tty else 100,
+        )  # fmt: skip
+        for _ in range(min(jobs, len(todo))):
+            self.start_worker()
+
+    def start_worker(self) -> None:
+        """A fresh process (spawned: CUDA and OpenMP do not survive a fork) on the next run."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs,), daemon=False)
+        process.start()
+        theirs.close()
+        self.hand_over(ours, process)
+
+    def hand_over(self, pipe: Connection, process: Any) -> None:
+        """Give a free worker the next run, or leave to go."""
+        if self.queue:
+            record = self.queue.pop(0)
+            self.busy[pipe] = (process, record, time.monotonic())
+            pipe.send(record.run)
+        else:
+            self.busy.pop(pipe, None)
+            pipe.send(None)
+            process.join()
+
+    def run(self) -> list[tuple[Record, str]]:
+        """Until the queue is empty. Returns the failed runs and why."""
+        try:
+            while self.busy:
+                for pipe in wait(list(self.busy)):
+                    assert isinstance(pipe, Connection)
+                    self.listen(pipe)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        finally:
+            self.bar.close()
+        return self.failed
+
+    def listen(self, pipe: Connection) -> None:
+        """One message of a worker: images trained, or (status, reason)."""
+        process, record, begin = self.busy[pipe]
+        try:
+            message = pipe.recv()
+        except EOFError:
+            process.join()
+            del self.busy[pipe]
+            self.finished(record, f"its process died (exit code {process.exitcode})", begin)
+            if self.queue:
+                self.start_worker()
+            return
+        if isinstance(message, int):
+            self.bar.update(message - self.images[record.folder.name])
+            self.images[record.folder.name] = message
+        else:
+            self.finished(record, message[1], begin)
+            self.hand_over(pipe, process)
+
+    def finished(self, record: Record, reason: str, begin: float) -> None:
+        """One line a run."""
+        if reason:
+            self.failed.append((record, reason))
+        last = (record.evaluations() or [{}])[-1]
+        figures = "".join(f"  {k} {last[k]:.4g}" for k in ("fd", "fd_pixel") if last.get(k) is not None)
+        outcome = f"FAILED: {reason}" if reason else f"done{figures}  {time.monotonic() - begin:.0f} s"
+        count = self.total - len(self.queue) - len(self.busy) + 1
+        tqdm.write(f"[{max(count, 1)}/{self.total}] {record.run.arm} s{record.run.seed}  {outcome}", file=sys.stderr)
+
+    def stop(self) -> None:
+        """Ctrl-C: every worker saves its checkpoint."""
+        for process, _, _ in self.busy.values():
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(process.pid, signal.SIGINT)
+        for process, _, _ in self.busy.values():
+            process.join()
+
+
+def work(pipe: Connection) -> None:
+    """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt."""
+    from experiments.run import compute
+
+    while True:
+        try:
+            run = pipe.recv()
+        except (KeyboardInterrupt, EOFError):
+            return
+        if run is None:
+            return
+        record = Record(run)
+        reason = ""
+        try:
+            record.create()
+            log = os.open(record.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+            if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None):
+                reason = "see its log"
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # a run's failure must not end the grid
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send((run.name, reason))

@@ -1,0 +1,156 @@
+"""Train, sample, measure and record: `python experiments/run.py ablation=no_relaxation`.
+
+    ablation=ARM  tier=laptop|hour|paper  data=SET  model=SIZE  seed=N  and any dotted key, e.g. optim.lr=1e-3
+    experiment=ROOM|all  jobs=N     a room's whole grid; ablation=a,b and seed=0,1,2 make a grid too
+    data=folder data.path=DIR       your own images
+    device=cpu|cuda|auto  threads=N  out=DIR (runs/)
+    dry=true  print, run nothing    force=true  start again; the old folder is kept
+
+The same command again skips finished runs and resumes unfinished ones, bit for bit.
+Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted and resumable.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from experiments import compose
+from liquiddiff.config import BadInput, Run, flatten
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from liquiddiff.record import Record
+
+# Idle OpenMP threads must sleep, not spin: two processes on the same cores crawl otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    overrides = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(overrides):
+        print(help_text())
+        return 0
+    try:
+        launch, runs = compose.plan(overrides)
+        if len(runs) > 1 or launch.experiment:
+            from experiments.grid import run_grid
+
+            return run_grid(launch, runs)
+        return run_one(launch, runs[0], overrides)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def help_text() -> str:
+    """The head of this file, and what can be chosen."""
+    lines = [
+        __doc__ or "",
+        *(f"{group:9} {', '.join(names)}" for group, names in compose.groups().items()),
+        "",
+        "Keys:",
+    ]
+    return "\n".join([*lines, *(f"  {key}={value}" for key, value in flatten(compose.Launch()).items())])
+
+
+def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
+    """One run on this terminal, from its header to its closing table."""
+    from experiments import screen
+    from liquiddiff.record import Record, set_aside
+
+    record = Record(run)
+    if record.done and not launch.dry and not launch.force:
+        print(f"already done: {record.folder} (force=true starts again)")
+        screen.results(record)
+        return 0
+    baseline = compose.plan([o for o in overrides if not o.startswith("ablation=")])[1][0]
+    screen.header(run, baseline, record.folder)
+    if launch.dry:
+        return 0
+    if launch.force:
+        set_aside(record)
+    training = screen.Training(run)
+    sampling = screen.Sampling(run, after=training)
+    try:
+        status = compute(run, record, training, sampling)
+    finally:
+        training.close()
+        sampling.close()
+    if status == 0:
+        screen.results(record)
+        print(f"mlflow     mlflow ui --backend-store-uri {record.tracking_uri()}")
+    return status
+
+
+def compute(
+    run: Run, record: "Record", training: Callable[[int, float | None], None], sampling: Callable[[int], None]
+) -> int:
+    """Train, sample, measure, plot, record; returns the exit status.
+
+    `training(images, loss)` and `sampling(evaluations)` are told of progress. Raises BadInput and KeyboardInterrupt.
+    """
+    import torch
+
+    from analysis import metrics, plots
+    from liquiddiff import trainer
+    from liquiddiff.data import open_data, to_uint8
+    from liquiddiff.flow import initial_noise
+    from liquiddiff.record import mirror_to_mlflow
+
+    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    torch.backends.cudnn.deterministic = True
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite stop is an interrupt too
+    tags = {"arm": run.arm, "tier": run.tier, "room": compose.room_of(run.arm), "signature": run.signature()}
+    begin = time.perf_counter()
+    record.create()
+    with record.lock():
+        metrics.check_count(run.eval.n, len(open_data(run.data, run.cache).images_NCHW))
+        missing = None
+        try:
+            metrics.check_extractor(run.eval.extractor, run.eval.weights)
+        except metrics.MissingWeights as error:
+            missing = error
+            print(f"note: {error}\nnote: training goes on; the same command with the weights will only evaluate")
+        try:
+            fitted, images = trainer.fit(run, record, training, lambda: mirror_to_mlflow(record, tags))
+        except trainer.NonFinite as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+        sheet: list[Tensor] = []  # the first samples at the last NFE
+
+        def sample(start: int, count: int, nfe: int) -> "tuple[Tensor, int]":
+            noise = initial_noise(run.seed, start, count, run.image_shape)
+            x, used = fitted.generate(noise, nfe, run.eval.solver)
+            images_NCHW = to_uint8(x.cpu())
+            sheet[:] = [images_NCHW[:64]] if start == 0 else sheet
+            sampling(count * nfe)
+            return images_NCHW, used
+
+        if missing:
+            sample(0, min(64, run.eval.n), max(run.eval.nfe))
+        else:
+            metrics.evaluate(run, images, sample, fitted.device, record.write)
+            extractor = metrics.load_extractor(run.eval.extractor, run.eval.weights, fitted.device)
+            record.write({"floor": True} | metrics.floor(extractor, images, run.eval.n, run.cache))
+            plots.nfe_curve(record.rows(), record.folder / "nfe.png")
+        plots.sample_sheet(sheet[0], record.folder / "samples.png")
+        plots.loss_curve(record.rows(), record.folder / "loss.png")
+        if missing:
+            print(f"error: {missing} Everything else is in {record.folder}", file=sys.stderr)
+            return 2
+        record.finish(seconds=time.perf_counter() - begin, peak_mib=trainer.peak_mib(fitted.device))
+        mirror_to_mlflow(record, tags, artifacts=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

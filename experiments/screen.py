@@ -1,0 +1,97 @@
+"""What a run shows on the terminal: header, progress bars, closing table."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments import compose
+from liquiddiff.config import Run
+from liquiddiff.record import Record
+
+
+def header(run: Run, baseline: Run, folder: Path) -> None:
+    """What will run: the diff against the baseline, the signature, the cost, the folder."""
+    from liquiddiff import budget
+
+    mine, theirs = (budget.meta_cost(r.model, r.image_shape) for r in (run, baseline))
+    print(f"arm        {run.arm}, seed {run.seed}, tier {run.tier}: {run.model.size} on {run.data.name} at "
+          f"{run.data.resolution}x{run.data.resolution}, {budget.human(run.optim.images)} images")  # fmt: skip
+    for key, (old, new) in compose.diff(run, baseline).items():
+        print(f"  {key}: {old} -> {new}")
+    print(f"signature  {run.signature()}")
+    for name, a, b in (("parameters", mine.params, theirs.params), ("MACs", mine.macs, theirs.macs)):
+        against = "" if run.arm == "baseline" else f"  ({100 * (a / b - 1):+.1f} % of the baseline's {budget.human(b)})"
+        print(f"{name:10} {budget.human(a)}{against}")
+    print(f"folder     {folder}", flush=True)
+
+
+class Bar:
+    """A progress bar that appears with its first news; on a pipe or in a log file a line now and then."""
+
+    def __init__(self, total: int, label: str, unit: str):
+        tty = sys.stderr.isatty()
+        self.options = {"total": total, "desc": label, "unit": unit, "mininterval": 0.3 if tty else 20.0}
+        self.options |= {"ncols": None if tty else 100, "unit_scale": True, "smoothing": 0.05}
+        self.bar: tqdm | None = None
+
+    def move(self, to: int, loss: float | None = None) -> None:
+        """Show that `to` of the total are done."""
+        if self.bar is None:
+            self.bar = tqdm(initial=to, **self.options)  # a resumed run's speed counts from where it resumed
+        if loss is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.update(to - self.bar.n)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Training(Bar):
+    """Images, images/s, loss and time left."""
+
+    def __init__(self, run: Run):
+        super().__init__(run.optim.images, "train", "img")
+
+    def __call__(self, images: int, loss: float | None) -> None:
+        """The trainer's `progress`."""
+        self.move(images, loss)
+
+
+class Sampling(Bar):
+    """Network evaluations of all samples at all NFE."""
+
+    def __init__(self, run: Run, after: Bar):
+        super().__init__(run.eval.n * sum(run.eval.nfe), "sample", "eval")
+        self.after = after
+
+    def __call__(self, evaluations: int) -> None:
+        """Another `evaluations` are done."""
+        self.after.close()
+        self.move((self.bar.n if self.bar else 0) + evaluations)
+
+
+def results(record: Record) -> None:
+    """The closing table: every NFE, the floor, and where things are."""
+    rows = record.evaluations()
+    pixel = any("fd_pixel" in row for row in rows)
+    extractor = rows[0]["extractor"] if rows else record.run.eval.extractor
+    name = "fid" if extractor == "inception" else f"fd_{extractor}"
+    columns = [name, *(["fd_pixel"] if pixel else []), "kid", "precision", "recall"]
+    print("\n" + "".join(f"{title:>12}" for title in ["nfe", *columns]))
+    floor = next((row for row in record.rows() if row.get("floor")), None)
+    for row in [*rows, *([floor] if floor else [])]:
+        label = f"real (n={row['n']})" if row.get("floor") else str(row["nfe"])
+        values = [row.get("fd" if column == name else column) for column in columns]
+        print(f"{label:>12}" + "".join(f"{value:12.4f}" if value is not None else f"{'—':>12}" for value in values))
+    val = [row["val_loss"] for row in record.rows() if "val_loss" in row]
+    seconds = json.loads((record.folder / "done").read_text())["seconds"] if record.done else None
+    if rows:
+        print(f"n={rows[0]['n']}, solver {rows[0]['solver']}, EMA weights, reference {rows[0]['reference']}", end="")
+        print(f", val_loss {val[-1]:.4f}" if val else "", f", {seconds:.0f} s" if seconds else "", sep="")
+    for file in ("samples.png", "nfe.png", "loss.png", "metrics.jsonl"):
+        if (record.folder / file).exists():
+            print(f"{Path(file).stem:10} {record.folder / file}")

@@ -1,0 +1,68 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, renamed; checksummed; the previous one kept."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DIGEST = 64  # hex characters of SHA-256 that precede the payload
+
+
+class Damaged(Exception):
+    """No checkpoint in the folder can be read."""
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Write `checkpoint.pt`; what was there becomes `checkpoint.prev.pt`. Raises OSError, leaving both as they were."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    current, temporary = folder / "checkpoint.pt", folder / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(hashlib.sha256(payload).hexdigest().encode())
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if current.exists():
+        os.replace(current, folder / "checkpoint.prev.pt")
+    os.replace(temporary, current)
+    sync_folder(folder)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest sound checkpoint on the CPU, or None where there is none. Never executes pickled code.
+
+    Raises Damaged where checkpoints exist but none is sound.
+    """
+    found = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt") if path.exists()]
+    for path in found:
+        content = path.read_bytes()
+        if hashlib.sha256(memoryview(content)[DIGEST:]).hexdigest().encode() == content[:DIGEST]:
+            return torch.load(io.BytesIO(memoryview(content)[DIGEST:]), map_location="cpu", weights_only=True)
+        print(f"checkpoint {path} is damaged (its checksum does not match), trying the one before", flush=True)
+    if found:
+        raise Damaged(
+            f"every checkpoint in {folder} is damaged; force=true starts again and keeps the old folder aside"
+        )
+    return None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

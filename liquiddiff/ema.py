@@ -1,0 +1,27 @@
+"""Exponential moving average of the weights, by a half-life in images so that it means the same at any batch size."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Averaged copy of a network, `ema.net`, in evaluation mode.
+
+    The half-life grows with the images seen (at most a twentieth of them, EDM2, arXiv:2312.02696), so that a short run
+    does not average in its random start.
+    """
+
+    def __init__(self, net: nn.Module, half_life: float):
+        self.half_life = half_life
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, images: int, batch: int) -> None:
+        """Move towards `net` after a step of `batch` images that brought the count to `images`."""
+        half_life = min(self.half_life, 0.05 * images)
+        decay = 0.5 ** (batch / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
+        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+            mine.copy_(theirs)

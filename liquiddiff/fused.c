@@ -1,0 +1,292 @@
+/* Element-wise parts of a block on NHWC float32, each in one pass forward and one backward.
+ *
+ * A tensor is (B, P, C): B images of P = H * W positions; a (B, C) argument is one row per image. Work is cut into
+ * pieces of at most `piece` positions of one image. A sum over positions is kept per piece, (B, pieces, sums, C), and
+ * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. */
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#define VL 8
+#define SMALL (16 * 1024) /* fewer elements than this are not worth a second thread */
+
+typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int ivec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef ptrdiff_t idx;
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* BODY sees c, the first channel, and n, the number of them: a constant VL but for the last few. */
+#define CHANNELS(...)                                              \
+    {                                                              \
+        idx c = 0;                                                 \
+        for (; c + VL <= C; c += VL) { const idx n = VL; __VA_ARGS__ } \
+        if (c < C) { const idx n = C - c; __VA_ARGS__ }            \
+    }
+
+INLINE vec load(const float *p, idx n) { /* zero past the end */
+    if (n == VL) return *(const vec *)p;
+    float v[VL] = {0};
+    for (idx i = 0; i < n; i++) v[i] = p[i];
+    return *(const vec *)v;
+}
+
+INLINE void store(float *p, vec v, idx n) {
+    if (n == VL) *(vec *)p = v;
+    else for (idx i = 0; i < n; i++) p[i] = ((const float *)&v)[i];
+}
+
+INLINE void add(float *p, vec v, idx n) { store(p, load(p, n) + v, n); }
+
+INLINE vec existing(vec v, idx n) { /* zero past the end */
+    for (idx i = n; i < VL; i++) v[i] = 0;
+    return v;
+}
+
+INLINE float total(vec v) {
+#ifdef __AVX__
+    const __m256 w = (__m256)v;
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
+
+INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
+
+/* exp, within 2 ulp where the result is a normal number: 2^n times a polynomial (Cephes' expf) of the remainder. */
+INLINE vec exponential(vec x) {
+    const vec zero = {0}, top = zero + 88.0f, bottom = zero - 87.0f;
+    const vec z = choose(x > top, top, choose(x < bottom, bottom, x));
+    const vec shifted = z * 1.44269504088896341f + 12582912.0f; /* the nearest integer is in the low bits */
+    const vec n = shifted - 12582912.0f;
+    const vec r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return choose(x == x, (vec)((ivec)p + ((ivec)shifted << 23)), x); /* NaN stays NaN */
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* --- a job: the same function on every piece -----------------------------------------------------------------------*/
+
+/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
+typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct job {
+    const float *in[5], *row[3]; /* (B, P, C) and (B, C) */
+    float *out[3];               /* (B, P, C) */
+    float *sums;                 /* (B, pieces, kinds, C), or NULL */
+    float *moments;              /* (B, P, 2): mean and 1 / standard deviation of AdaLN */
+    float eps;
+    idx B, P, C, kinds, piece, pieces, next;
+    void (*body)(const struct job *, idx b, idx first, idx last, float *sums);
+} job_t;
+
+static void worker(void *data) {
+    job_t *j = data;
+    for (idx k; (k = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->B * j->pieces;) {
+        const idx b = k / j->pieces, first = k % j->pieces * j->piece, last = first + j->piece;
+        float *sums = j->sums ? j->sums + k * j->kinds * j->C : NULL;
+        if (sums) memset(sums, 0, j->kinds * j->C * sizeof(float));
+        j->body(j, b, first, last < j->P ? last : j->P, sums);
+    }
+}
+
+static void run(job_t *j, void *parallel, idx threads) {
+    j->pieces = (j->P + j->piece - 1) / j->piece;
+    if (threads > j->B * j->pieces) threads = j->B * j->pieces;
+    if (threads > 1 && parallel && j->B * j->P * j->C >= SMALL) ((parallel_t)parallel)(worker, j, (unsigned)threads, 0);
+    else worker(j);
+    const idx size = j->kinds * j->C;
+    for (idx b = 0; j->sums && b < j->B; b++)
+        for (idx k = 1; k < j->pieces; k++)
+            for (idx i = 0; i < size; i++) j->sums[b * j->pieces * size + i] += j->sums[(b * j->pieces + k) * size + i];
+}
+
+#define TAIL idx B, idx P, idx C, idx piece, void *parallel, idx threads
+#define SHAPE .B = B, .P = P, .C = C, .piece = piece
+#define UNPACK const idx C = j->C, from = (b * j->P + first) * C, to = (b * j->P + last) * C;
+
+/* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ---------------------------------------*/
+
+static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *scale = j->row[0] + b * C, *shift = j->row[1] + b * C;
+    float *moments = j->moments + (b * j->P + first) * 2;
+    for (idx at = from; at < to; at += C) {
+        const float *x = j->in[0] + at;
+        float *y = j->out[0] + at;
+        vec sum = {0}, squares = {0};
+        CHANNELS(sum += load(x + c, n);)
+        const float mean = total(sum) / C;
+        CHANNELS(const vec d = existing(load(x + c, n) - mean, n); squares += d * d;)
+        const float rstd = 1.0f / sqrtf(total(squares) / C + j->eps);
+        CHANNELS(store(y + c, (load(x + c, n) - mean) * rstd * (1.0f + load(scale + c, n)) + load(shift + c, n), n);)
+        if (sums) CHANNELS(add(sums + c, load(y + c, n), n);)
+        *moments++ = mean, *moments++ = rstd;
+    }
+}
+
+/* With n = LayerNorm(x) and d = (1 + scale) g: dx = rstd (d - mean(d) - n mean(d n)), dscale = sum g n, dshift = sum g;
+ * row[1], where there is one, is the gradient of the mean of y. */
+static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *scale = j->row[0] + b * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL, share = 1.0f / j->P;
+    const float *moments = j->moments + (b * j->P + first) * 2;
+    for (idx at = from; at < to; at += C) {
+        const float *g = j->in[0] + at, *x = j->in[1] + at, mean = *moments++, rstd = *moments++;
+        float *dx = j->out[0] + at;
+        vec sum = {0}, dot = {0};
+        CHANNELS(
+            const vec normed = (load(x + c, n) - mean) * rstd;
+            vec grad = load(g + c, n);
+            if (pooled) grad += load(pooled + c, n) * share;
+            const vec d = grad * (1.0f + load(scale + c, n));
+            sum += d, dot += d * normed;
+            add(sums + c, grad * normed, n);
+            add(sums + C + c, grad, n);
+            store(dx + c, d, n);)
+        const float mean_d = total(sum) / C, mean_dot = total(dot) / C;
+        CHANNELS(
+            const vec normed = (load(x + c, n) - mean) * rstd;
+            store(dx + c, rstd * (load(dx + c, n) - mean_d - normed * mean_dot), n);)
+    }
+}
+
+void adaln_forward(const float *x, const float *scale, const float *shift, float *y, float *moments, float *sums,
+                   float eps, TAIL) {
+    job_t j = {.in = {x}, .row = {scale, shift}, .out = {y}, .moments = moments, .sums = sums, .kinds = 1, .eps = eps,
+               .body = adaln, SHAPE};
+    run(&j, parallel, threads);
+}
+
+void adaln_backward(const float *g, const float *x, const float *scale, const float *pooled, const float *moments,
+                    float *dx, float *sums, TAIL) {
+    job_t j = {.in = {g, x}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums, .kinds = 2,
+               .body = adaln_grad, SHAPE};
+    run(&j, parallel, threads);
+}
+
+/* --- y = s g + (1 - s) h, s = sigmoid(a f - b) ----------------------------------------------------------------------*/
+
+static void gate(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *scale = j->row[0] + b * C, *offset = j->row[1] + b * C;
+    for (idx at = from; at < to; at += C) {
+        const float *f = j->in[0] + at, *g = j->in[1] + at, *h = j->in[2] + at;
+        CHANNELS(
+            const vec s = sigmoid(load(scale + c, n) * load(f + c, n) - load(offset + c, n)), low = load(h + c, n);
+            store(j->out[0] + at + c, low + s * (load(g + c, n) - low), n);)
+    }
+}
+
+static void gate_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *scale = j->row[0] + b * C, *offset = j->row[1] + b * C;
+    for (idx at = from; at < to; at += C) {
+        const float *f = j->in[1] + at, *g = j->in[2] + at, *h = j->in[3] + at;
+        CHANNELS(
+            const vec a = load(scale + c, n), v = load(f + c, n), grad = load(j->in[0] + at + c, n);
+            const vec s = sigmoid(a * v - load(offset + c, n)), up = s * grad, low = grad - up;
+            const vec d = up * (1.0f - s) * (load(g + c, n) - load(h + c, n));
+            store(j->out[0] + at + c, a * d, n);
+            store(j->out[1] + at + c, up, n);
+            store(j->out[2] + at + c, low, n);
+            add(sums + c, d * v, n);
+            add(sums + C + c, -d, n);)
+    }
+}
+
+void gate_forward(const float *f, const float *g, const float *h, const float *a, const float *b, float *y, TAIL) {
+    job_t j = {.in = {f, g, h}, .row = {a, b}, .out = {y}, .body = gate, SHAPE};
+    run(&j, parallel, threads);
+}
+
+void gate_backward(const float *grad, const float *f, const float *g, const float *h, const float *a, const float *b,
+                   float *df, float *dg, float *dh, float *sums, TAIL) {
+    job_t j = {.in = {grad, f, g, h}, .row = {a, b}, .out = {df, dg, dh}, .sums = sums, .kinds = 2, .body = gate_grad,
+               SHAPE};
+    run(&j, parallel, threads);
+}
+
+/* --- out = x + alpha n + (1 - alpha) y ------------------------------------------------------------------------------*/
+
+static void relax(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *alpha = j->row[0] + b * C;
+    for (idx at = from; at < to; at += C) {
+        const float *x = j->in[0] + at, *kept = j->in[1] + at, *mixed = j->in[2] + at;
+        CHANNELS(
+            const vec y = load(mixed + c, n);
+            store(j->out[0] + at + c, load(x + c, n) + (y + load(alpha + c, n) * (load(kept + c, n) - y)), n);)
+    }
+}
+
+static void relax_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *alpha = j->row[0] + b * C;
+    for (idx at = from; at < to; at += C) {
+        const float *kept = j->in[1] + at, *mixed = j->in[2] + at;
+        CHANNELS(
+            const vec g = load(j->in[0] + at + c, n), up = g * load(alpha + c, n);
+            store(j->out[0] + at + c, up, n);
+            store(j->out[1] + at + c, g - up, n);
+            if (sums) add(sums + c, g * (load(kept + c, n) - load(mixed + c, n)), n);)
+    }
+}
+
+void relax_forward(const float *x, const float *kept, const float *mixed, const float *alpha, float *out, TAIL) {
+    job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .body = relax, SHAPE};
+    run(&j, parallel, threads);
+}
+
+void relax_backward(const float *g, const float *kept, const float *mixed, const float *alpha, float *dkept,
+                    float *dmixed, float *sums, TAIL) {
+    job_t j = {.in = {g, kept, mixed}, .row = {alpha}, .out = {dkept, dmixed}, .sums = sums, .kinds = 1,
+               .body = relax_grad, SHAPE};
+    run(&j, parallel, threads);
+}
+
+/* --- y = z sigmoid(z), z = x + v, where there is a v ----------------------------------------------------------------*/
+
+static void silu(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *v = j->row[0] ? j->row[0] + b * C : NULL;
+    for (idx at = from; at < to; at += C)
+        CHANNELS(
+            vec z = load(j->in[0] + at + c, n);
+            if (v) z += load(v + c, n);
+            store(j->out[0] + at + c, z * sigmoid(z), n);)
+}
+
+static void silu_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
+    UNPACK
+    const float *v = j->row[0] ? j->row[0] + b * C : NULL;
+    for (idx at = from; at < to; at += C)
+        CHANNELS(
+            vec z = load(j->in[1] + at + c, n);
+            if (v) z += load(v + c, n);
+            const vec s = sigmoid(z), d = load(j->in[0] + at + c, n) * (s * (1.0f + z * (1.0f - s)));
+            store(j->out[0] + at + c, d, n);
+            if (sums) add(sums + c, d, n);)
+}
+
+void silu_forward(const float *x, const float *v, float *y, TAIL) {
+    job_t j = {.in = {x}, .row = {v}, .out = {y}, .body = silu, SHAPE};
+    run(&j, parallel, threads);
+}
+
+void silu_backward(const float *g, const float *x, const float *v, float *dx, float *sums, TAIL) {
+    job_t j = {.in = {g, x}, .row = {v}, .out = {dx}, .sums = sums, .kinds = 1, .body = silu_grad, SHAPE};
+    run(&j, parallel, threads);
+}

@@ -1,0 +1,206 @@
+"""Element-wise parts of a block, each in one pass over memory forward and one backward, on channels-last float32 CPU.
+
+torch broadcasts a (B, C, 1, 1) tensor over a channels-last image C elements at a time, and each step of a chain reads
+and writes the whole image. `fused.c` does a chain at once. Everywhere else (other devices, dtypes, layouts, autocast,
+torch.compile, FLOP counters; see native.eager), and within `depthwise.literal()`, torch's own operators do the same.
+All are differentiable once on the fast path (a second derivative raises).
+
+Legend: B batch, C channels, H W space.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liquiddiff import depthwise, native
+
+__all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
+
+PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
+
+
+def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> Tensor:
+    """(1 + scale) * LayerNorm(x) + shift, (B, C, H, W); the norm is over the channels at each position."""
+    if _fast([x_BCHW], scale_BC, shift_BC):
+        return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, False)
+    normed = F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+    return torch.addcmul(_image(shift_BC), normed, _image(1 + scale_BC))
+
+
+def adaln_mean(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """`adaln` and its mean over positions, (B, C)."""
+    if _fast([x_BCHW], scale_BC, shift_BC):
+        return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, True)
+    y = adaln(x_BCHW, scale_BC, shift_BC, eps)
+    return y, y.mean((2, 3))
+
+
+def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
+    """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
+    if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
+        return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
+    return torch.lerp(h_BCHW, g_BCHW, torch.sigmoid(torch.addcmul(-_image(b_BC), _image(a_BC), f_BCHW)))
+
+
+def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) -> Tensor:
+    """X + alpha n + (1 - alpha) y: a relaxation law's blend on the residual, (B, C, H, W). Alpha may be (B, 1)."""
+    alpha_BC = alpha_BC.expand(-1, x_BCHW.shape[1])
+    if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
+        return _Relax.apply(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
+    return x_BCHW + torch.lerp(y_BCHW, n_BCHW.to(y_BCHW.dtype), _image(alpha_BC).to(y_BCHW.dtype))
+
+
+def silu(x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
+    """SiLU(x + shift), (B, C, H, W)."""
+    if _fast([x_BCHW], *([] if shift_BC is None else [shift_BC])):
+        return _SiLU.apply(x_BCHW, shift_BC)
+    return F.silu(x_BCHW if shift_BC is None else x_BCHW + _image(shift_BC))
+
+
+def backend() -> str:
+    """Name what computes on this CPU: "c", or "torch" where no compiler is found."""
+    return "torch" if _library() is None else "c"
+
+
+def _literal() -> bool:
+    return depthwise._literal
+
+
+def _image(v_BC: Tensor) -> Tensor:
+    return v_BC[:, :, None, None]
+
+
+def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
+    """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
+    shape = images[0].shape
+    if _literal() or len(shape) != 4 or not native.eager(*images, *rows) or images[0].numel() == 0:
+        return False
+    fits = all(i.shape == shape and i.is_contiguous(memory_format=torch.channels_last) for i in images)
+    return fits and all(row.shape == shape[:2] for row in rows) and _library() is not None
+
+
+# --- the C library ---------------------------------------------------------------------------------------------------
+
+POINTERS = {  # of each function; then the shape, and what runs it
+    **{"adaln_forward": 6, "adaln_backward": 7, "gate_forward": 6, "gate_backward": 10},
+    **{"relax_forward": 5, "relax_backward": 7, "silu_forward": 3, "silu_backward": 5},
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("fused")
+    pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
+    for name, count in POINTERS.items() if library else ():
+        function = getattr(library, name)
+        eps = [ctypes.c_float] * (name == "adaln_forward")
+        function.argtypes, function.restype = [pointer] * count + eps + [index] * 4 + [pointer, index], None
+    return library
+
+
+def _call(name: str, x: Tensor, tensors: Sequence[Tensor | None], *options: float) -> None:
+    B, C, H, W = x.shape
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function = getattr(_library(), name)
+    function(*pointers, *options, B, H * W, C, PIECE, native.parallel(), torch.get_num_threads())
+
+
+def _sums(x: Tensor, kinds: int) -> Tensor:
+    """Room for sums over positions, (B, pieces, kinds, C); the kernel leaves the whole sums in piece 0."""
+    B, C, H, W = x.shape
+    return x.new_empty(B, -(-H * W // PIECE), kinds, C)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _dense(g: Tensor) -> Tensor:
+    return g.contiguous(memory_format=torch.channels_last)
+
+
+# --- forward and backward --------------------------------------------------------------------------------------------
+
+
+class _AdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, mean: bool) -> Any:
+        scale, shift = scale.contiguous(), shift.contiguous()
+        B, C, H, W = x.shape
+        y, moments, sums = _like(x), x.new_empty(B, H, W, 2), _sums(x, 1) if mean else None
+        _call("adaln_forward", x, [x, scale, shift, y, moments, sums], eps)
+        ctx.save_for_backward(x, scale, moments)
+        ctx.set_materialize_grads(False)
+        return y if sums is None else (y, sums[:, 0, 0] / (H * W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None, g_mean: Tensor | None = None) -> Any:
+        x, scale, moments = ctx.saved_tensors
+        if g is None and g_mean is None:
+            return None, None, None, None, None
+        g = torch.zeros_like(x) if g is None else _dense(g)
+        dx, sums = _like(x), _sums(x, 2)
+        pooled = None if g_mean is None else g_mean.contiguous()
+        _call("adaln_backward", x, [g, x, scale, pooled, moments, dx, sums])
+        return dx, sums[:, 0, 0], sums[:, 0, 1], None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, g: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        a, b, y = a.contiguous(), b.contiguous(), _like(f)
+        _call("gate_forward", f, [f, g, h, a, b, y])
+        ctx.save_for_backward(f, g, h, a, b)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        f, g, h, a, b = ctx.saved_tensors
+        df, dg, dh, sums = _like(f), _like(f), _like(f), _sums(f, 2)
+        grad = _dense(grad)
+        _call("gate_backward", f, [grad, f, g, h, a, b, df, dg, dh, sums])
+        return df, dg, dh, sums[:, 0, 0], sums[:, 0, 1]
+
+
+class _Relax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
+        alpha, out = alpha.contiguous(), _like(x)
+        _call("relax_forward", x, [x, kept, mixed, alpha, out])
+        learned = ctx.needs_input_grad[3]
+        ctx.save_for_backward(alpha, *([kept, mixed] if learned else []))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        alpha, *blended = ctx.saved_tensors
+        dense = _dense(g)
+        dkept, dmixed, sums = _like(dense), _like(dense), _sums(dense, 1) if blended else None
+        _call("relax_backward", dense, [dense, *(blended or [None, None]), alpha, dkept, dmixed, sums])
+        return g, dkept, dmixed, None if sums is None else sums[:, 0, 0]
+
+
+class _SiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor | None) -> Tensor:
+        shift, y = None if shift is None else shift.contiguous(), _like(x)
+        _call("silu_forward", x, [x, shift, y])
+        ctx.save_for_backward(x, shift)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, shift = ctx.saved_tensors
+        g, dx, sums = _dense(g), _like(x), None if shift is None else _sums(x, 1)
+        _call("silu_backward", x, [g, x, shift, dx, sums])
+        return dx, None if sums is None else sums[:, 0, 0]

@@ -1,0 +1,141 @@
+"""What the mixers share: the slot, 1x1 products, positions, full precision.
+
+Shapes: B batch, C channels, H W space, N = H * W positions in raster order, M hidden width.
+"""
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liquiddiff.config import BadInput
+
+
+class Slot(NamedTuple):
+    """Where a mixer stands: its level's channels, hidden width, time width and the level's resolution in pixels."""
+
+    dim: int
+    hidden: int
+    time_dim: int
+    resolution: int
+
+
+class Pointwise(nn.Linear):
+    """A 1x1 convolution, as a matrix product over the channels-last layout: (B, C, H, W) -> (B, C', H, W)."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """See the class."""
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SparsePointwise(Pointwise):
+    """A 1x1 convolution of which only the synapses of a wiring exist; the other weights are held at zero.
+
+    synapses: how many weights exist. mask: 1 where one does, (out, in), None on the meta device, where only counts
+    matter. It is part of the architecture, not of the state: a checkpoint does not hold it.
+    """
+
+    mask: Tensor
+
+    def __init__(self, inputs: int, outputs: int, synapses: int, mask: Tensor | None):
+        self.density = synapses / (inputs * outputs)
+        super().__init__(inputs, outputs)
+        self.masked = inputs * outputs - synapses  # budget.parameters subtracts it
+        mask = torch.ones_like(self.weight, requires_grad=False) if mask is None else mask.to(self.weight)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """As for a dense layer with as many inputs as a unit has synapses: the bound is 1 / sqrt(fan-in)."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(self.density**-0.5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """See the class."""
+        return F.linear(x_BCHW.permute(0, 2, 3, 1), self.weight * self.mask, self.bias).permute(0, 3, 1, 2)
+
+
+@cache
+def wiring(inputs: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """Masks of the two products inputs -> hidden -> inputs, by a neural circuit policy of `ncps` (Lechner et al. 2020).
+
+    As in ncps, a product is masked by the synapses between the two layers that it joins; the cell's one hidden layer
+    stands for both the inter and the command neurons, so the synapses between those two, and the recurrent ones, have
+    no product here. Densities are AutoNCP's default, one half; its seed is fixed, so all blocks of a level are wired
+    alike. Raises BadInput where ncps is missing.
+    """
+    fan = half(hidden)
+    ncp = peer("ncps.wirings").NCP(hidden, hidden, inputs, fan, 1, 1, fan, seed=22222)
+    ncp.build(inputs)
+    command, motor = slice(inputs, inputs + hidden), slice(0, inputs)  # ncps orders: motor, command, inter
+    sensory_to_inter = torch.from_numpy(ncp.sensory_adjacency_matrix[:, inputs + hidden :] != 0)
+    command_to_motor = torch.from_numpy(ncp.adjacency_matrix[command, motor] != 0)
+    return sensory_to_inter.T.float(), command_to_motor.T.float()
+
+
+def half(hidden: int) -> int:
+    """AutoNCP's fan-out of a sensory and fan-in of a motor neuron at its default sparsity, one half."""
+    return max(hidden // 2, 1)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that what it modulates starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def per_channel(v_BC: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1)."""
+    return v_BC[:, :, None, None]
+
+
+def positions(C: int, H: int, W: int, like: Tensor) -> Tensor:
+    """2-D sinusoids (C, H, W), nothing learned: a quarter of the channels for each of sin y, cos y, sin x, cos x.
+
+    Frequencies fall from 1 to 1/10000 per pixel, as in "Attention is all you need"; channels that do not divide by
+    four are zero.
+    """
+    K = C // 4
+    frequency_K = 10_000.0 ** (-torch.arange(K, device=like.device) / max(K, 1))
+    y_KH, x_KW = (frequency_K[:, None] * torch.arange(n, device=like.device) for n in (H, W))
+    rows, columns = torch.cat([y_KH.sin(), y_KH.cos()]), torch.cat([x_KW.sin(), x_KW.cos()])  # (2K, H), (2K, W)
+    grid = torch.cat([rows[:, :, None].expand(-1, H, W), columns[:, None, :].expand(-1, H, W)])
+    return F.pad(grid, (0, 0, 0, 0, 0, C - 4 * K)).to(like.dtype)
+
+
+def to_tokens(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C); no copy where the image is channels-last."""
+    return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(x_BNC: Tensor, H: int, W: int) -> Tensor:
+    """(B, N, C) -> (B, C, H, W), channels-last."""
+    return x_BNC.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on the device of `x` (the meta device knows no autocast)."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def peer(module: str) -> ModuleType:
+    """An optional package. Raises BadInput, which says how to install it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise BadInput(f"this mixer needs the package {package}: pip install 'liquiddiff[peers]'") from error

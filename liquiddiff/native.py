@@ -1,0 +1,93 @@
+"""C kernels beside torch: compiled on first use, kept, loaded, and run on torch's own threads.
+
+A kernel is one plain C file beside this one. The system's compiler makes a shared library of it under
+`~/.cache/liquiddiff`, named by what it depends on (source, flags, compiler, processor). Without a compiler, torch does
+the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
+
+
+def load(name: str, *defines: str) -> ctypes.CDLL | None:
+    """Compile `name`.c with `-D` for each of `defines`, unless it is kept already, and load it; None where that fails.
+
+    It fails where there is no compiler, no room or no right to execute. The caller keeps what it gets.
+    """
+    try:
+        return _build(name, [*FLAGS, *(f"-D{define}" for define in defines)])
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
+    source = Path(__file__).with_name(f"{name}.c")
+    compiler = os.environ.get("CC", "")
+    key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _cpu())).encode()).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
+    target = cache / f"{name}-{key}.so"
+    if target.exists():
+        return ctypes.CDLL(str(target))
+    command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=cache, prefix="build-")
+    except OSError:  # a read-only home: for this process alone
+        folder = tempfile.TemporaryDirectory(prefix="liquiddiff-")
+    with folder as build:
+        made = Path(build) / f"{name}.so"
+        subprocess.run([*command, *flags, "-o", str(made), str(source)], check=True, capture_output=True, timeout=120)
+        library = ctypes.CDLL(str(made))  # stays mapped when the file moves or goes
+        if made.parent.parent == cache:
+            os.replace(made, target)  # atomic: another process sees the whole file or none
+    return library
+
+
+@functools.cache
+def _cpu() -> list[str]:
+    """Describe what -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.processor()]
+    lines = [line for line in lines if not line.startswith(("cpu MHz", "bogomips"))]
+    return [platform.system(), platform.machine(), *lines]
+
+
+@functools.cache
+def parallel() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch is linked with: one pool of threads, never two.
+
+    None where torch has another threading backend: one thread then.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError):
+        return None
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Tell whether a kernel may take these: plain float32 CPU tensors, and nothing that looks through operators.
+
+    What does (autocast, torch.compile, fake tensors, FLOP counters, DTensor, functorch) has to see torch's own.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) in _PLAIN and t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)

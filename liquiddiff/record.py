@@ -1,0 +1,249 @@
+"""The run folder: provenance, metrics.jsonl, the lock; and its mirror in MLflow, which can be rebuilt from it.
+
+<out>/<arm>-<signature>-s<seed>/   run.yaml env.json metrics.jsonl done model/ *.png checkpoint.pt
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from liquiddiff.checkpoint import write_atomic
+from liquiddiff.config import BadInput, Run, flatten, from_dict
+
+PACKAGES = "torch torchvision torch-fidelity numpy datasets mlflow hydra-core liquiddiff".split()
+FACTS = "commit dirty device precision data_fingerprint started params macs seconds peak_mib".split()
+
+
+class Record:
+    """Everything that a run leaves, under `folder`."""
+
+    def __init__(self, run: Run, out: str | Path | None = None):
+        self.run = run
+        self.out = Path(out or run.out).expanduser()
+        self.folder = self.out / run.name
+
+    def tracking_uri(self) -> str:
+        """MLFLOW_TRACKING_URI, or a SQLite file beside the run folders."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(self.out / 'mlflow.db').resolve()}"
+
+    @property
+    def done(self) -> bool:
+        """Trained and evaluated."""
+        return (self.folder / "done").exists()
+
+    def create(self) -> None:
+        """Make the folder and write run.yaml. Raises BadInput where that cannot be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "run.yaml", yaml.safe_dump(asdict(self.run), sort_keys=False))
+        except OSError as error:
+            raise BadInput(
+                f"cannot write to {self.folder}: {error.strerror}. Choose another place with out=DIR"
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. The kernel drops the lock with the process, however it ends."""
+        with open(self.folder / "lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BadInput(
+                    f"{self.folder} is being written by another process; wait for it, or use another out="
+                ) from error
+            yield
+
+    def provenance(self, device: str, precision: str, fingerprint: str, **more: Any) -> None:
+        """Write env.json: where, with what and on which data this run was computed."""
+        root = Path(__file__).resolve().parents[1]
+
+        def git(*command: str) -> str:
+            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+
+        diff = git("diff", "HEAD")
+        if diff:
+            write_atomic(self.folder / "dirty.diff", diff + "\n")
+        versions = {}
+        for package in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        environment = {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(diff),
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": versions,
+            "host": platform.node(),
+            "device": device,
+            "precision": precision,
+            "data_fingerprint": fingerprint,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **more,
+        }
+        write_atomic(self.folder / "env.json", json.dumps(environment, indent=1) + "\n")
+
+    def env(self) -> dict[str, Any]:
+        """env.json, or {} before it is written."""
+        path = self.folder / "env.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl. Non-finite numbers become null, so that every line is JSON."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+        path = self.folder / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def rewind(self, images: int) -> None:
+        """Drop training lines past `images` and all evaluation lines: what follows will write them again."""
+        kept = [row for row in self.rows() if row.get("images", math.inf) <= images]
+        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluation lines."""
+        return [row for row in self.rows() if "nfe" in row]
+
+    def facts(self) -> dict[str, Any]:
+        """What a table says of a run beside its scores: from env.json and done, and the median speed."""
+        done = json.loads((self.folder / "done").read_text() or "{}") if self.done else {}
+        known = self.env() | done
+        speeds = [row["images_per_second"] for row in self.rows() if row.get("images_per_second") is not None]
+        facts = {key: known[key] for key in FACTS if known.get(key) is not None}
+        references = [{"reference": row["reference"]} for row in self.evaluations() if "reference" in row]
+        speed = {"images_per_second": statistics.median(speeds)} if speeds else {}
+        return facts | (references or [{}])[-1] | speed
+
+    def finish(self, **totals: float) -> None:
+        """Mark the run done, with its totals."""
+        write_atomic(self.folder / "done", json.dumps({k: round(v, 1) for k, v in totals.items()}) + "\n")
+
+
+def set_aside(record: Record) -> None:
+    """force=true: rename an old folder, never delete it."""
+    if record.folder.exists():
+        k = 1
+        while (aside := record.folder.with_name(f"{record.folder.name}.old{k}")).exists():
+            k += 1
+        os.rename(record.folder, aside)
+        print(f"kept the old run as {aside}")
+
+
+def read_run(folder: Path) -> Run:
+    """The `Run` of a folder, from its run.yaml. Raises BadInput where there is none."""
+    try:
+        return from_dict(Run, yaml.safe_load((folder / "run.yaml").read_text()))
+    except OSError as error:
+        raise BadInput(f"{folder} is not a run folder: it has no readable run.yaml") from error
+
+
+def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = False) -> bool:
+    """Bring MLflow up to date with the run folder: parameters, tags, every new line; with `artifacts` also files.
+
+    Returns False, after one line on stderr, where MLflow cannot be reached: no run fails for that, and
+    `python -m analysis.sync` makes up for it.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    uri = record.tracking_uri()
+    try:
+        # Four processes that create a fresh database at once all crash, so the first call of each waits its turn.
+        with open(record.out / "mlflow.lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _mirror(record, tags, artifacts, uri)
+    except Exception as error:  # whatever a tracking server can throw must not cost the run
+        line = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        print(f"MLflow at {uri} was not updated ({line[0][:160]}); the run folder has everything", file=sys.stderr)
+        return False
+    return True
+
+
+def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> None:
+    import mlflow.entities
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+    state_path = record.folder / "mlflow.json"
+    state = json.loads(state_path.read_text()) if state_path.exists() else {}
+    client = MlflowClient(tracking_uri=uri)
+    if state.get("uri") != uri or not _holds(client, state["run_id"]):
+        name = tags.get("experiment", "liquiddiff")
+        found = client.get_experiment_by_name(name)
+        location = (record.out / "mlruns").resolve().as_uri() if uri.startswith("sqlite:") else None
+        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=location)
+        made = client.create_run(experiment, run_name=f"{record.run.arm}-s{record.run.seed}", tags=tags)
+        state = {"uri": uri, "run_id": made.info.run_id, "lines": 0}
+        params = [mlflow.entities.Param(k, str(v)) for k, v in flatten(record.run).items()]
+        for k in range(0, len(params), 100):
+            client.log_batch(state["run_id"], params=params[k : k + 100])
+    rows = record.rows()
+    now = int(1000 * time.time())
+    points = [
+        mlflow.entities.Metric(name, float(value), now, step)
+        for row in rows[state["lines"] :]
+        for name, value, step in _points(row)
+    ]
+    for k in range(0, len(points), 1000):
+        client.log_batch(state["run_id"], metrics=points[k : k + 1000])
+    state["lines"] = len(rows)
+    write_atomic(state_path, json.dumps(state) + "\n")
+    if artifacts:
+        for path in sorted(record.folder.glob("*")):
+            if path.suffix in {".png", ".yaml", ".json", ".jsonl", ".diff"} and path != state_path:
+                client.log_artifact(state["run_id"], str(path))
+    if record.done:
+        facts = [mlflow.entities.RunTag(key, str(value)) for key, value in record.facts().items()]
+        client.log_batch(state["run_id"], tags=facts)
+        client.set_terminated(state["run_id"], "FINISHED")
+    else:
+        client.update_run(state["run_id"], "RUNNING")
+
+
+def _holds(client: Any, run_id: str) -> bool:
+    """Whether the store still has the run: it may have been lost, or be another one at the same address."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _points(row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(metric, value, step) of a line: training by images, evaluation by NFE; fd is fid on Inception alone (rule 4)."""
+    extractor = row.get("extractor")
+    step = round(row.get("nfe" if extractor else "images", 0))  # an adaptive solver's NFE is a mean
+    for key, value in row.items():
+        if isinstance(value, int | float) and key not in {"images", "nfe", "floor"}:
+            if extractor and key == "fd":
+                key = "fid" if extractor == "inception" else f"fd_{extractor}"
+            if row.get("floor"):
+                yield f"floor_{key}", value, step
+            elif key != "n":
+                yield key, value, step

@@ -1,0 +1,351 @@
+"""Rectified-flow training: `RectifiedFlowTrainer`, the seed's quick start, and `train`, the one loop on it."""
+
+import ctypes
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from liquiddiff import budget, checkpoint, flow
+from liquiddiff.config import BadInput, Flow, Optim, Run, choose
+from liquiddiff.data import ImageData, open_data
+from liquiddiff.ema import EMA
+from liquiddiff.record import Record
+from liquiddiff.seeding import initialise
+from liquiddiff.solvers import TABLEAUX, integrate
+from liquiddiff.unet import LiquidDiffusionUNet
+
+VAL_BINS = 4  # val_loss is also given for each quarter of t
+
+
+class NonFinite(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises BadInput for a device that torch does not have."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: giving it back and faulting it in again costs a CPU step up to half its time."""
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its upper limit
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory in use so far: the GPU's allocations, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto`: bf16 where the GPU has it, else fp16 (a T4); fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+class RectifiedFlowTrainer:
+    """One network, its optimizer and its EMA.
+
+    Give `lr` alone for a constant rate, or `optim` for the whole recipe (warm-up, cosine, clipping, precision). Noise
+    and times come from (seed, images seen so far), so a run continued from `state()` equals one never interrupted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        flow: Flow | None = None,
+        optim: Optim | None = None,
+    ):
+        self.device = torch.device(device)
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.seed, self.flow, self.images = seed, flow or Flow(), 0
+        self.optim = optim or Optim(lr=lr, warmup=0)
+        self.budget = self.optim.images if optim else None
+        self.precision = resolve_precision(self.optim.precision, self.device)
+        if self.optim.checkpointing:
+            model.checkpointing = True  # type: ignore[assignment]
+        self.ema = EMA(self.model, self.optim.ema)
+        self.forward = torch.compile(self.model) if self.optim.compile else self.model
+        b1, b2 = self.optim.betas
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), self.optim.lr, (b1, b2), weight_decay=self.optim.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def autocast(self) -> Any:
+        """The context of forward passes."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then cosine to zero over the budget; constant without a budget."""
+        lr, warmup = self.optim.lr, self.optim.warmup
+        if self.images < warmup:
+            return lr * (self.images + 1) / warmup
+        if not self.budget:
+            return lr
+        return lr * 0.5 * (1 + math.cos(math.pi * min(1, (self.images - warmup) / max(1, self.budget - warmup))))
+
+    def train_step(
+        self, images_BCHW: Tensor, noise_BCHW: Tensor | None = None, t_B: Tensor | None = None
+    ) -> dict[str, Any]:
+        """One update on images in [-1, 1]. Returns {"loss": 0-d tensor, "lr": float}; nothing waits for the device."""
+        count = len(images_BCHW)
+        if noise_BCHW is None or t_B is None:
+            noise_BCHW, t_B = flow.draw(self.seed, self.images, count, tuple(images_BCHW.shape[1:]), self.flow.times)
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        loss = self.losses(self.forward, images_BCHW, noise_BCHW, t_B).mean()
+        self.scaler.scale(loss).backward()
+        if self.optim.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.images += count
+        self.ema.update(self.model, self.images, count)
+        return {"loss": loss.detach(), "lr": lr}
+
+    def losses(self, net: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Per-image loss, (B,), in float32."""
+        x, noise, t = (v.to(self.device, non_blocking=True) for v in (x, noise, t))
+        with self.autocast():
+            v = net(flow.interpolate(x, noise, t), t)
+        return flow.LOSSES[self.flow.loss](v.float(), noise - x)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        batch_size: int,
+        image_size: int,
+        num_steps: int = 50,
+        solver: str = "euler",
+        start: int = 0,
+        channels: int = 3,
+    ) -> Tensor:
+        """EMA samples `start`, `start` + 1, ... of this seed in [-1, 1], (B, C, H, W); `num_steps` is the NFE."""
+        noise = flow.initial_noise(self.seed, start, batch_size, (channels, image_size, image_size))
+        return self.generate(noise, num_steps, solver)[0]
+
+    @torch.inference_mode()
+    def generate(self, noise_BCHW: Tensor, nfe: int, solver: str) -> tuple[Tensor, int]:
+        """Images from given noise, and the evaluations used."""
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with self.autocast():
+                return self.ema.net(x, t).float()
+
+        return integrate(velocity, noise_BCHW.to(self.device), nfe, solver)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "images": self.images,
+            "model": self.model.state_dict(),
+            "ema": self.ema.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.images = state["images"]
+        self.model.load_state_dict(state["model"])
+        self.ema.net.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+@torch.inference_mode()
+def validate(trainer: RectifiedFlowTrainer, images: ImageData, n: int, batch: int) -> dict[str, float]:
+    """EMA loss on n fixed held-out (image, t, noise) triples, the same in every arm and seed.
+
+    Whole, and by quarter of t: t is stratified, so the quarters have n / 4 each.
+    """
+    losses = []
+    for start in range(0, n, batch):
+        index = torch.arange(start, min(start + batch, n))
+        x = images.tensor(images.heldout[index.numpy() % len(images.heldout)])
+        noise = flow.initial_noise(-1, start, len(index), tuple(x.shape[1:]))  # -1: no run's seed
+        losses.append(trainer.losses(trainer.ema.net, x, noise, ((index * 7919) % n + 0.5) / n).cpu())
+    loss = torch.cat(losses)
+    bins = ((torch.arange(n) * 7919) % n * VAL_BINS) // n
+    by_bin = {f"val_loss_t{k}": loss[bins == k].mean().item() for k in range(VAL_BINS)}
+    return {"val_loss": loss.mean().item(), **by_bin}
+
+
+def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
+    """A run's trainer at its start: network built, matched and initialised from the seed."""
+    net = budget.build(run.model, run.image_shape)
+    initialise(net, run.seed)
+    return RectifiedFlowTrainer(net, device=device, seed=run.seed, flow=run.flow, optim=run.optim)
+
+
+def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> float:
+    """Continue from the folder's newest sound checkpoint. Returns the training seconds it already took.
+
+    Raises BadInput for a checkpoint of another configuration or other data.
+    """
+    state = checkpoint.load(record.folder)
+    if state is None:
+        record.rewind(-1)
+        return 0.0
+    for key, mine in (("signature", record.run.signature()), ("fingerprint", fingerprint)):
+        if state[key] != mine:
+            raise BadInput(
+                f"the checkpoint in {record.folder} has {key} {state[key]}, this run has {mine}; "
+                "give another out=DIR, or force=true to start again (the old folder is kept)"
+            )
+    trainer.load_state(state)
+    record.rewind(trainer.images)
+    return state["seconds"]
+
+
+def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer, ImageData]:
+    """Train `run` to its budget in its folder under `out`, from its last checkpoint if it has one.
+
+    Returns the trainer and the images; the EMA weights are in `model/`. Raises as `fit`, and BadInput where another
+    process holds the run.
+    """
+    record = Record(run, out)
+    record.create()
+    with record.lock():
+        return fit(run, record)
+
+
+def fit(
+    run: Run,
+    record: Record,
+    progress: Callable[[int, float | None], None] = lambda images, loss: None,
+    on_checkpoint: Callable[[], object] = lambda: None,
+) -> tuple[RectifiedFlowTrainer, ImageData]:
+    """The loop: batch, path, loss, update, EMA, record. The caller holds the record's lock.
+
+    Calls `progress(images, loss)` after every step, with a loss only where it was read from the device. Raises
+    BadInput, NonFinite, or KeyboardInterrupt once a checkpoint is written.
+    """
+    device = resolve_device(run.device)
+    keep_freed_memory()
+    choose("time distribution", run.flow.times, flow.TIMES)
+    choose("loss", run.flow.loss, flow.LOSSES)
+    stages = len(TABLEAUX[choose("solver", run.eval.solver, TABLEAUX)][1])
+    if min(run.eval.nfe) < stages:
+        raise BadInput(
+            f"eval.nfe={min(run.eval.nfe)} is too few for solver {run.eval.solver}, which takes {stages} a step"
+        )
+    images = open_data(run.data, run.cache)
+    trainer = prepare(run, device)
+    before = restore(trainer, record, images.fingerprint)
+    size = budget.meta_cost(run.model, run.image_shape)
+    record.provenance(
+        device_name(device), trainer.precision, images.fingerprint, images=len(images.images_NCHW), **asdict(size)
+    )
+    progress(trainer.images, None)
+    log = Log(record, run, trainer.images)
+    begin = time.perf_counter()
+
+    def save() -> None:
+        state = trainer.state() | {"signature": run.signature(), "fingerprint": images.fingerprint}
+        checkpoint.save(state | {"seconds": before + time.perf_counter() - begin}, record.folder)
+
+    try:
+        while trainer.images < run.optim.images:
+            count = min(run.optim.batch, run.optim.images - trainer.images)
+            log.step(trainer.images, trainer.train_step(images.batch(run.seed, trainer.images, count)), count)
+            at_checkpoint = log.crosses(run.checkpoint_every)
+            loss = log.flush() if at_checkpoint or log.crosses(log.every) else None
+            if log.crosses(run.eval.val_every):
+                record.write({"images": trainer.images} | validate(trainer, images, run.eval.val_n, run.eval.batch))
+            if at_checkpoint:
+                save()
+                on_checkpoint()
+            progress(trainer.images, loss)
+    except KeyboardInterrupt:
+        log.flush()  # raises NonFinite rather than let a broken state be saved
+        save()
+        raise
+    except OSError as error:
+        raise BadInput(
+            f"cannot write to {record.folder}: {error.strerror}; the last checkpoint is kept. "
+            "Free some space and give the same command again"
+        ) from error
+    cast(LiquidDiffusionUNet, trainer.ema.net).save_pretrained(record.folder / "model")
+    return trainer, images
+
+
+class Log:
+    """Losses since the last line of metrics.jsonl, kept on the device so that no step waits for it."""
+
+    def __init__(self, record: Record, run: Run, images: int):
+        self.record, self.total, self.images, self.count = record, run.optim.images, images, 0
+        self.every = max(run.optim.batch, run.optim.images // 100)
+        self.losses: list[Tensor] = []
+        self.since = (images, time.perf_counter())
+        self.lr = 0.0
+
+    def step(self, before: int, result: dict[str, Any], count: int) -> None:
+        """Note a step of `count` images that began at `before`."""
+        self.images, self.count, self.lr = before + count, count, result["lr"]
+        self.losses.append(result["loss"])
+
+    def crosses(self, interval: int) -> bool:
+        """The last step reached a multiple of `interval`, or the end."""
+        return self.images // interval > (self.images - self.count) // interval or self.images >= self.total
+
+    def flush(self) -> float | None:
+        """Write the mean loss since the last line. Raises NonFinite, before anything is saved, for what is no number."""
+        if not self.losses:
+            return None
+        loss = torch.stack(self.losses).mean().item()
+        if not math.isfinite(loss):
+            raise NonFinite(
+                f"the loss became {loss} at {self.images} images; the last good checkpoint is kept in "
+                f"{self.record.folder}. Try a lower optim.lr, or optim.precision=fp32"
+            )
+        (images, begin), now = self.since, time.perf_counter()
+        rate = round((self.images - images) / (now - begin), 1)
+        self.record.write({"images": self.images, "loss": loss, "lr": self.lr, "images_per_second": rate})
+        self.losses, self.since = [], (self.images, now)
+        return loss

@@ -1,0 +1,242 @@
+"""The U-Net of liquid blocks. Reads beside the seed's figure; never names a mixer.
+
+Inside, activations are channels-last in memory. Shapes: B batch, C channels, H W space, D time embedding.
+
+    x ---- stem ---- level 0 --------------------------- fuse -- level 0 -- head ---- v
+                        down -- level 1 ------ fuse -- level 1 -- up
+                                   down -- level 2, middle, fuse, level 2 -- up
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from liquiddiff import fused
+from liquiddiff.config import SIZES, Model, choose, from_dict
+from liquiddiff.depthwise import depthwise, merge_kernels
+from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
+from liquiddiff.relaxation import LAWS
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1] -> (B, D): sinusoids of 1000 t (DDPM's scale), then a two-layer perceptron."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        frequencies = torch.exp(torch.arange(dim // 2) * (-torch.log(torch.tensor(10_000.0)) / (dim // 2)))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """See the class."""
+        angles = 1000 * t_B.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class AdaLN(nn.Module):
+    """LayerNorm over channels at each position, then scale and shift from the time embedding (DiT, zero at first)."""
+
+    def __init__(self, dim: int, time_dim: int):
+        super().__init__()
+        self.modulation = ZeroLinear(time_dim, 2 * dim)
+
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
+        """See the class."""
+        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)  # (B, C) each
+        return fused.adaln(x_BCHW, scale, shift)
+
+    def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its mean over positions, (B, C)."""
+        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)
+        return fused.adaln_mean(x_BCHW, scale, shift)
+
+
+class SpatialMix(nn.Module):
+    """Multi-scale mixing: depthwise 3x3, 5x5, 7x7 and the global average, summed; SiLU; 1x1.
+
+    The parallel kernels are padded and added into ONE depthwise convolution: the same function, a third of the work.
+    With `concat` the scales enter the 1x1 side by side instead.
+    """
+
+    def __init__(self, dim: int, time_dim: int, kernels: list[int], pool: bool, concat: bool):
+        super().__init__()
+        self.norm = AdaLN(dim, time_dim)
+        self.scales = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in kernels)
+        self.pool = nn.Linear(dim, dim) if pool else None
+        self.concat = concat
+        self.out = Pointwise(dim * len(kernels) if concat else dim, dim)
+
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
+        """See the class."""
+        n, mean = self.norm.with_mean(x_BCHW, temb_BD)
+        if self.concat:
+            y = torch.cat([depthwise(n, s.weight, s.bias) for s in self.scales], dim=1)
+        else:
+            kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
+            y = depthwise(n, merge_kernels(list(kernels)), torch.stack(biases).sum(0))
+        if self.pool is None:
+            return self.out(F.silu(y))
+        pooled = self.pool(mean)
+        return self.out(fused.silu(y, pooled.repeat(1, len(self.scales)) if self.concat else pooled))
+
+
+class FeedForward(nn.Module):
+    """1x1, SiLU, 1x1 on the normalised input."""
+
+    def __init__(self, dim: int, time_dim: int, ratio: float):
+        super().__init__()
+        self.norm = AdaLN(dim, time_dim)
+        self.expand = Pointwise(dim, round(ratio * dim))
+        self.contract = Pointwise(round(ratio * dim), dim)
+
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
+        """See the class."""
+        return self.contract(F.silu(self.expand(self.norm(x_BCHW, temb_BD))))
+
+
+class LiquidDiffusionBlock(nn.Module):
+    """x + Relax(Mixer)(AdaLN(x)); + SpatialMix; + FeedForward."""
+
+    def __init__(self, slot: Slot, model: Model, relaxation: nn.Module):
+        super().__init__()
+        C, D = slot.dim, slot.time_dim
+        self.norm = AdaLN(C, D)
+        self.mixer = MIXERS[choose("mixer", model.mixer.name, MIXERS)](slot, model.mixer)
+        self.relaxation = relaxation
+        self.spatial = (
+            SpatialMix(C, D, model.mix_kernels, model.mix_pool, model.mix_concat) if model.mix_kernels else None
+        )
+        self.feed_forward = FeedForward(C, D, model.ffn_ratio)
+
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        n = self.norm(x_BCHW, temb_BD)
+        y = self.mixer(n, temb_BD, t_B)
+        if self.relaxation.replaces_residual:
+            x = self.relaxation(x_BCHW, y, t_B, temb_BD)
+        elif alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
+            x = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
+        else:
+            x = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
+        if self.spatial is not None:
+            x = x + self.spatial(x, temb_BD)
+        return x + self.feed_forward(x, temb_BD)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero: the untrained network predicts v = 0."""
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LiquidDiffusionUNet(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="liquiddiff",
+    tags=["rectified-flow", "attention-free"],
+):
+    """Velocity network: `net(x_BCHW, t_B) -> v_BCHW`.
+
+    model: sizes and switches. hidden: the mixers' widths, one a level (default: expansion * channels; budget.build
+    solves them). resolution: the side in pixels that the network is meant for; any H, W divisible by the total stride
+    work. Weights are published and loaded by `save_pretrained`, `push_to_hub` and `from_pretrained`.
+    """
+
+    def __init__(self, model: Model, hidden: list[int] | None = None, in_channels: int = 3, resolution: int = 256):
+        super().__init__()
+        model = from_dict(Model, asdict(model))  # from config.json its nested parts come as dicts
+        channels, blocks = model.channels, model.blocks
+        D = model.time_dim or channels[0]
+        hidden = hidden or [round(model.mixer.expansion * c) for c in channels]
+        choose("relaxation", model.relaxation, LAWS)
+        self.stride = 2 ** (len(channels) - 1)
+        self.checkpointing = False
+
+        law = LAWS[model.relaxation]
+        shared = [law(c) for c in channels]  # used where one instance serves a level
+
+        def level(i: int, count: int) -> nn.ModuleList:
+            slot = Slot(channels[i], hidden[i], D, resolution // 2**i)
+            laws = [shared[i] if law.shared else law(slot.dim) for _ in range(count)]
+            return nn.ModuleList(LiquidDiffusionBlock(slot, model, laws[k]) for k in range(count))
+
+        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        self.time = TimeEmbedding(D)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, channels[0], 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels[0], channels[0], 3, padding=1),
+        )
+        self.encoder = nn.ModuleList(level(i, n) for i, n in enumerate(blocks))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.middle = level(len(channels) - 1, 2)
+        self.fuse = nn.ModuleList(Pointwise(2 * c, c) for c in channels)
+        self.decoder = nn.ModuleList(level(i, n) for i, n in enumerate(blocks))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in pairs)
+        self.head = nn.Sequential(
+            nn.GroupNorm(min(32, channels[0] // 4), channels[0]),
+            nn.SiLU(),
+            ZeroConv2d(channels[0], in_channels, 3, padding=1),
+        )
+
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, temb, t, use_reentrant=False) if self.checkpointing else block(x, temb, t)
+        return x
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """Velocity at noise level t, (B, C, H, W). Raises ValueError where H or W is not divisible by the stride."""
+        H, W = x_BCHW.shape[2:]
+        if H % self.stride or W % self.stride:
+            raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
+        temb = self.time(t_B)
+        x = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for i, level in enumerate(self.encoder):
+            x = self._run(level.children(), x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)
+            skips.append(x)
+            if i < len(self.down):
+                x = self.down[i](x)
+        x = self._run(self.middle.children(), x, temb, t_B)
+        for i in reversed(range(len(self.decoder))):
+            x = self.fuse[i](torch.cat([x, skips[i]], dim=1))
+            x = self._run(self.decoder[i].children(), x, temb, t_B)
+            if i > 0:
+                x = self.up[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.head(x)
+
+
+def _sized(size: str, in_channels: int, resolution: int) -> LiquidDiffusionUNet:
+    model = Model(size, **SIZES[size])
+    return LiquidDiffusionUNet(model, in_channels=in_channels, resolution=resolution)
+
+
+def liquid_diffusion_tiny(in_channels: int = 3, resolution: int = 256) -> LiquidDiffusionUNet:
+    """The seed's tiny: channels 64, 128, 256; blocks 2, 2, 4."""
+    return _sized("tiny", in_channels, resolution)
+
+
+def liquid_diffusion_small(in_channels: int = 3, resolution: int = 256) -> LiquidDiffusionUNet:
+    """The seed's small: channels 96, 192, 384; blocks 2, 3, 6."""
+    return _sized("small", in_channels, resolution)
+
+
+def liquid_diffusion_base(in_channels: int = 3, resolution: int = 512) -> LiquidDiffusionUNet:
+    """The seed's base: channels 128, 256, 512; blocks 2, 4, 8."""
+    return _sized("base", in_channels, resolution)
+
+
+def liquid_diffusion_large(in_channels: int = 3, resolution: int = 512) -> LiquidDiffusionUNet:
+    """The seed's large: channels 128, 256, 512, 768; blocks 2, 4, 8, 4."""
+    return _sized("large", in_channels, resolution)

@@ -1,0 +1,251 @@
+"""Collecting runs into results.csv, and MLflow rebuilt from run folders: a real SQLite store, no training."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis import collect, runs, sync
+from experiments import compose
+from experiments.room import Experiment
+from liquiddiff.config import BadInput, Eval, Model, Optim, Run
+from liquiddiff.record import Record
+
+ROOM = Experiment("room", "?", "?", ["baseline", "conv"], [0, 1], "fd", 32, 0.01)
+ARMS = {"baseline": Run(), "conv": Run(arm="conv", model=Model(relaxation="none"))}
+
+
+def signature_of(experiment, arm, tier, data):
+    return ARMS[arm].signature() if (tier, data) == ("laptop", "digits") else None
+
+
+def make(out: Path, arm: str = "baseline", seed: int = 0, fd: float = 0.3, done: bool = True, **changes) -> Record:
+    """A run's folder, as trainer and metrics leave it."""
+    record = Record(replace(ARMS[arm], seed=seed, **changes), out)
+    record.create()
+    started = f"2026-01-0{seed + 1}T00:00:00+0000"
+    record.provenance("a CPU", "fp32", "ab12", params=600_000, macs=9_000_000, started=started)
+    for k in (1, 2, 3):
+        record.write({"images": 1500 * k, "loss": 1.0 / k, "lr": 1e-3, "images_per_second": 100.0 * k})
+    record.write({"images": 4500, "val_loss": 0.123456789, "val_loss_t0": 0.5})
+    scores = {"kid": 0.001, "precision": 2 / 3, "recall": 0.5, "fd_pixel": fd / 7}
+    protocol = {"solver": "euler", "extractor": "digits", "weights": "cd", "n": 1797, "reference": "ab12/1797"}
+    for nfe in (1, 32):
+        record.write({"nfe": nfe, **protocol, "fd": fd + 1 / nfe, **scores})
+    record.write({"floor": True, "n": 898, "reference_n": 898, "fd": 0.25, **scores})
+    if done:
+        record.finish(seconds=240.0, peak_mib=512.5)
+    return record
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    out = tmp_path / "runs"
+    out.mkdir()
+    return out
+
+
+def gather(found, folder: Path) -> list[dict[str, str]]:
+    folder.mkdir(exist_ok=True)
+    collect.collect(found, ROOM, folder, signature_of)
+    return collect.read(folder / "results.csv")
+
+
+def test_a_row_holds_protocol_provenance_and_scores(out, tmp_path):
+    make(out)
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert [(r["arm"], r["nfe"]) for r in rows] == [("baseline", "1"), ("baseline", "32"), ("real", "")]
+    assert {k: v for k, v in rows[1].items() if k != "commit"} == {
+        "arm": "baseline", "seed": "0", "tier": "laptop", "data": "digits", "data_fingerprint": "ab12",
+        "signature": Run().signature(), "device": "a CPU", "images": "150000", "batch": "128", "n": "1797",
+        "reference": "ab12/1797", "extractor": "digits", "solver": "euler", "nfe": "32", "ema": "10000",
+        "fd": "0.33125", "fd_pixel": "0.0428571", "kid": "0.001", "precision": "0.666667", "recall": "0.5",
+        "loss": "0.333333", "val_loss": "0.123457", "params": "600000", "macs": "9000000",
+        "images_per_second": "200", "peak_mib": "512.5", "seconds": "240",
+    }  # fmt: skip
+    floor = rows[2]
+    assert (floor["n"], floor["reference"], floor["fd"], floor["seed"]) == ("898", "ab12/898", "0.25", "")
+
+
+def test_a_second_collection_is_identical_and_rows_without_runs_stay(out, tmp_path, capsys):
+    for arm in ("conv", "baseline"):
+        for seed in (1, 0):
+            make(out, arm, seed)
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    path = tmp_path / "room/results.csv"
+    first = path.read_bytes()
+    assert [(r["arm"], r["seed"]) for r in rows[::2]] == [
+        ("baseline", "0"), ("baseline", "1"), ("conv", "0"), ("conv", "1"), ("real", ""),
+    ]  # fmt: skip
+    gather(runs.from_folders(out), tmp_path / "room")
+    assert path.read_bytes() == first and "nothing new" in capsys.readouterr().out
+    shutil.rmtree(make(out, "conv", 1).folder)  # this machine no longer has it
+    gather(runs.from_folders(out), tmp_path / "room")
+    assert path.read_bytes() == first
+    gather([], tmp_path / "room")
+    assert path.read_bytes() == first
+
+
+def test_a_run_made_again_replaces_its_rows(out, tmp_path):
+    record = make(out, fd=0.3)
+    gather(runs.from_folders(out), tmp_path / "room")
+    shutil.rmtree(record.folder)
+    make(out, fd=0.2)
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert [r["fd"] for r in rows] == ["1.2", "0.23125", "0.25"]
+
+
+def test_only_the_rooms_own_runs_count(out, tmp_path, capsys):
+    make(out)
+    make(out, optim=Optim(lr=1e-5), fd=0.0)  # a learning-rate trial
+    make(out, seed=2)  # a seed that the room does not list
+    make(out, "conv", done=False)
+    make(out, "conv", seed=1, tier="hour", eval=Eval(n=5000))
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert {(r["arm"], r["seed"]) for r in rows} == {("baseline", "0"), ("real", "")}
+    assert all(r["fd"] != "1" for r in rows)
+    said = capsys.readouterr()
+    assert "left out 2 runs with another configuration" in said.out and "no run yet of conv" in said.out
+    assert "not finished: conv-" in said.err
+
+
+def test_a_run_older_than_a_new_key_still_counts(out, tmp_path):
+    """Defaults fill what an old run.yaml does not say; its folder keeps the name that it ran under."""
+    record = make(out)
+    path = record.folder / "run.yaml"
+    path.write_text(path.read_text().replace("  wiring: dense\n", "").replace("    wiring: dense\n", ""))
+    record.folder.rename(out / "baseline-00000000-s0")
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert rows[0]["signature"] == "00000000"
+
+
+def test_what_cannot_be_read_costs_only_itself(out, tmp_path, capsys):
+    make(out)
+    broken = make(out, seed=1).folder
+    (broken / "run.yaml").write_text("nonsense: 1\n")
+    with open(make(out, "conv").folder / "metrics.jsonl", "a") as file:
+        file.write('{"images": 60')  # torn by a kill
+    assert {r["arm"] for r in gather(runs.from_folders(out), tmp_path / "room")} == {"baseline", "conv", "real"}
+    assert "baseline-" in capsys.readouterr().err
+
+
+def test_no_runs_is_one_line_and_no_file(out, tmp_path, capsys):
+    assert gather(runs.from_folders(out), tmp_path / "room") == []
+    assert capsys.readouterr().out == "room: no finished run yet: python experiments/run.py experiment=room\n"
+    assert not (tmp_path / "room/results.csv").exists()
+
+
+def test_unknown_columns_are_refused(tmp_path):
+    (tmp_path / "results.csv").write_text("arm,seed,fid_of_mine\n")
+    with pytest.raises(BadInput, match="fid_of_mine"):
+        collect.read(tmp_path / "results.csv")
+
+
+def test_numbers_have_six_digits_and_no_noise():
+    assert collect.text("fd", 0.1 + 0.2) == "0.3" == collect.text("fd", "0.30000000000000004")
+    assert collect.text("images", 25_000_000.0) == "25000000" == collect.text("images", "25000000")
+    assert collect.text("kid", float("nan")) == "" == collect.text("kid", None)
+    assert collect.text("signature", "12345678") == "12345678" and collect.text("commit", "1e10") == "1e10"
+
+
+def test_the_command_composes_the_rooms_arms(out, tmp_path):
+    """With the real arms: overrides of the room and the tier of the run decide what belongs to it."""
+    root = tmp_path / "experiments"
+    (root / "room").mkdir(parents=True)
+    (root / "room/no_relaxation.yaml").write_text("# as in experiments/relaxation\n")
+    (root / "room/experiment.yaml").write_text(
+        "question: q\nexpectation: e\narms: [baseline, no_relaxation]\nseeds: [0]\nmetric: fd\nnfe: 32\n"
+        "margin: 0.1\noverrides: [optim.images=1000]\n"
+    )
+    for arguments in (["optim.images=1000"], [], ["optim.images=1000", "ablation=no_relaxation"]):
+        run = compose.as_run(compose.one(arguments))
+        ARMS["temporary"] = run
+        make(out, "temporary")
+    del ARMS["temporary"]
+    assert collect.main([f"out={out}", "experiment=room"], root) == 0
+    rows = collect.read(root / "room/results.csv")
+    assert [(r["arm"], r["images"]) for r in rows[:4:2]] == [("baseline", "1000"), ("no_relaxation", "1000")]
+    assert len(rows) == 5
+    with pytest.raises(BadInput, match="is no folder"):
+        collect.main([f"out={out}/none"], root)
+    with pytest.raises(BadInput, match="no MLflow store"):
+        collect.main([f"tracking_uri=sqlite:///{out}/none.db"], root)
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def mlflow_runs(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri).search_runs(["1"])
+
+
+def test_mlflow_is_rebuilt_from_folders_and_gives_the_same_csv(out, tmp_path, capsys, monkeypatch):
+    for arm in ("baseline", "conv"):
+        make(out, arm)
+    unfinished = make(out, "conv", 1, done=False)
+    uri = f"sqlite:///{out}/mlflow.db"
+    assert sync.main([f"out={out}"]) == 0
+    assert [run.info.status for run in mlflow_runs(uri)].count("FINISHED") == 2
+    assert len(mlflow_runs(uri)) == 3
+
+    # Both readers of MLflow, and the folders, tell the same story.
+    folders = gather(runs.from_folders(out), tmp_path / "folders")
+    assert gather(runs.from_mlflow(uri), tmp_path / "sql") == folders and len(folders) == 5
+    monkeypatch.setattr(runs, "_read_sql", runs._read_client)
+    assert gather(runs.from_mlflow(uri), tmp_path / "client") == folders
+    monkeypatch.undo()
+
+    # Again: nothing twice. Then only what is new.
+    assert sync.main([f"out={out}"]) == 0
+    assert len(mlflow_runs(uri)) == 3
+    unfinished.finish(seconds=1.0)
+    with make(out, "baseline", 1).lock():  # a run that another process is writing
+        assert sync.main([f"out={out}"]) == 0
+    assert "1 are being written" in capsys.readouterr().out
+    assert [run.info.status for run in mlflow_runs(uri)] == ["FINISHED"] * 3
+
+    # A deleted run comes back; so does a lost store.
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    client.delete_run(mlflow_runs(uri)[0].info.run_id)
+    (out / f"{Record(Run(), out).folder.name}/metrics.jsonl").touch()
+    assert sync.main([f"out={out}"]) == 0
+    assert len(mlflow_runs(uri)) == 4
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    assert sync.main([f"out={out}"]) == 0
+    moved = gather(runs.from_mlflow(f"sqlite:///{tmp_path}/other.db"), tmp_path / "moved")
+    assert moved == gather(runs.from_folders(out), tmp_path / "again")
+    state = json.loads((unfinished.folder / "mlflow.json").read_text())
+    assert state["uri"].endswith("other.db")
+
+
+def test_a_store_replaced_at_the_same_address_is_filled_again(out):
+    record = make(out)
+    uri = f"sqlite:///{out}/mlflow.db"
+    assert sync.main([f"out={out}"]) == 0
+    first = json.loads((record.folder / "mlflow.json").read_text())["run_id"]
+    import mlflow.store.tracking.sqlalchemy_store as store
+
+    database = out / "mlflow.db"
+    empty = out / "empty.db"
+    store.SqlAlchemyStore(f"sqlite:///{empty}", (out / "mlruns").as_uri()).engine.dispose()
+    database.unlink()
+    empty.rename(database)
+    assert sync.main([f"out={out}"]) == 0
+    second = json.loads((record.folder / "mlflow.json").read_text())["run_id"]
+    assert first != second
+    assert [run.run.arm for run in runs.from_mlflow(uri)] == ["baseline"]
+
+
+def test_sync_without_a_store_fails_and_says_so(out, capsys, monkeypatch):
+    make(out)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{out}/no/such/folder/mlflow.db")
+    (out / "no").write_text("a file where a folder should be")
+    assert sync.main([f"out={out}"]) == 1
+    assert "was not updated" in capsys.readouterr().err

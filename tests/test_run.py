@@ -1,0 +1,251 @@
+"""The command: what it leaves, what it refuses, and that nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from experiments import compose
+from experiments.run import main
+from liquiddiff import LiquidDiffusionUNet
+from liquiddiff.config import BadInput, Run, from_dict
+from liquiddiff.record import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT.parent / "shared" / "data" / "flowers102_64"
+
+
+def test_one_arm_end_to_end(small, tmp_path, capsys):
+    command = ["ablation=no_relaxation", *small]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "model.relaxation: liquid -> none" in out
+    assert "mlflow ui" in out
+    (folder,) = (tmp_path / "runs").glob("no_relaxation-*-s0")
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    assert files >= set(
+        "run.yaml env.json metrics.jsonl done model/config.json model/model.safetensors "
+        "samples.png loss.png nfe.png".split()
+    )
+    for name in ("samples", "loss", "nfe"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 100
+
+    run = from_dict(Run, yaml.safe_load((folder / "run.yaml").read_text()))
+    assert run.model.relaxation == "none"
+    assert f"no_relaxation-{run.signature()}-s0" == folder.name
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    assert training[-1]["images"] == 640
+    assert {"images", "loss", "lr"} <= training[0].keys()
+    assert [row["images"] for row in rows if "val_loss" in row] == [320, 640]
+    evaluation = [row for row in rows if "nfe" in row]
+    assert [row["nfe"] for row in evaluation] == [1, 2]
+    assert {"nfe", "solver", "extractor", "n", "fd", "kid", "precision", "recall", "fd_pixel"} <= evaluation[0].keys()
+    env = json.loads((folder / "env.json").read_text())
+    assert env["data_fingerprint"] and env["packages"]["torch"] == torch.__version__.split("+")[0]
+
+    from mlflow import MlflowClient  # the same numbers are in MLflow
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (logged,) = client.search_runs([client.get_experiment_by_name("liquiddiff").experiment_id])
+    assert logged.info.run_name == "no_relaxation-s0"
+    assert logged.data.params["model.relaxation"] == "none"
+    assert logged.data.tags["room"] == "relaxation"
+    history = client.get_metric_history(logged.info.run_id, "fd_digits")
+    assert {m.step: m.value for m in history} == {row["nfe"]: row["fd"] for row in evaluation}
+    losses = client.get_metric_history(logged.info.run_id, "loss")
+    assert {m.step: m.value for m in losses} == {row["images"]: row["loss"] for row in training}
+    assert {a.path for a in client.list_artifacts(logged.info.run_id)} >= {"samples.png", "nfe.png", "run.yaml"}
+
+    before = (folder / "metrics.jsonl").read_bytes(), (folder / "done").stat().st_mtime_ns
+    assert main(command) == 0  # the same command again skips
+    assert "already done" in capsys.readouterr().out
+    assert before == ((folder / "metrics.jsonl").read_bytes(), (folder / "done").stat().st_mtime_ns)
+
+    assert main([*command, "force=true"]) == 0  # and force keeps what was there
+    assert (folder.parent / f"{folder.name}.old1" / "done").exists()
+    net = LiquidDiffusionUNet.from_pretrained(folder / "model")
+    assert net(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
+
+
+def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monkeypatch, capsys):
+    from analysis import metrics
+
+    real = metrics.evaluate
+
+    def dies(run, images, sample, device, on_row):
+        on_row({"nfe": 1, "solver": "euler", "extractor": "digits", "n": 64, "fd": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "evaluate", dies)
+    assert main(small) == 130
+    assert "resumes" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "evaluate", real)
+    (folder,) = (tmp_path / "runs").glob("baseline-*")
+    losses = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert main(small) == 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [line for line in lines if '"loss"' in line] == losses
+    assert [json.loads(line)["nfe"] for line in lines if '"nfe"' in line] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["ablation=no_relaxatoin"], "unknown arm 'no_relaxatoin'. Did you mean no_relaxation?"),
+        (["optim.lrr=1"], "unknown key 'optim.lrr'. Did you mean optim.lr"),
+        (["tier=hours"], "unknown tier 'hours'. Did you mean hour?"),
+        (["data=flower"], "Did you mean flowers"),
+        (["model=tinny"], "unknown size 'tinny'. Did you mean tiny?"),
+        (["experiment=relaxatio"], "unknown experiment"),
+        (["eval.solver=eular"], "unknown solver 'eular'. Did you mean euler?"),
+        (["eval.extractor=digit"], "unknown extractor 'digit'. Did you mean digits?"),
+        (["model.mixer.name=cfcc"], "unknown mixer 'cfcc'. Did you mean cfc"),
+        (["model.relaxation=liquids"], "unknown relaxation 'liquids'. Did you mean liquid?"),
+        (["flow.times=unifrom"], "unknown time distribution 'unifrom'. Did you mean uniform?"),
+        (["flow.loss=mes"], "unknown loss 'mes'. Did you mean mse?"),
+        (["optim.lr=fast"], "optim.lr: Value 'fast'"),
+        (["seed=1.5"], "seed=1.5 must be a whole number"),
+        (["optim.batch=0"], "optim.batch=0 must be positive"),
+        (["data.resolution=9"], "must be divisible by 2"),
+        (["eval.nfe=[0]"], "eval.nfe=[0]"),
+        (["eval.solver=heun", "eval.nfe=[1,2]"], "eval.nfe=1 is too few for solver heun"),
+        (["eval.n=1000000"], "the set has 1797 images"),
+        (["data=folder"], "data=folder needs data.path=DIR"),
+        (["data=folder", "eval.extractor=effnet_lite0", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data=cifar10"], "eval.extractor=digits reads 8x8 digits"),
+        (["device=cuda:99"], "device=cuda:99 cannot be used here"),
+        (["optim.lr"], "write key=value"),
+        (["out=/proc/nothing"], "choose another place with out=DIR"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(small, capsys, overrides, said):
+    keys = {o.split("=")[0] for o in overrides}
+    assert main([*(o for o in small if o.split("=")[0] not in keys), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert said.lower() in error.lower()
+
+
+def test_missing_weights_leave_everything_but_the_metric(small, tmp_path, monkeypatch, capsys):
+    from analysis import metrics
+
+    def missing(name, weights):
+        raise metrics.MissingWeights("no weights for inception; give eval.weights=PATH.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "check_extractor", missing)
+        assert main(small) == 2
+    said = capsys.readouterr()
+    assert "training goes on" in said.out
+    assert "eval.weights=PATH" in said.err
+    (folder,) = (tmp_path / "runs").glob("baseline-*")
+    assert (folder / "samples.png").exists() and (folder / "model" / "model.safetensors").exists()
+    assert not (folder / "done").exists()
+    assert main(small) == 0  # with the weights, the same command evaluates
+    assert (folder / "done").exists()
+
+
+def test_help_and_typos_are_answered_without_torch():
+    # Imports are counted, not seconds: a busy machine must not fail this.
+    for arguments, status in ((["--help"], 0), (["ablation=no_relaxatoin"], 2)):
+        code = (
+            "import sys; from experiments.run import main; status = main(sys.argv[1:]); "
+            "heavy = {'torch', 'mlflow', 'pandas', 'datasets', 'torch_fidelity'} & set(sys.modules); "
+            "assert not heavy, heavy; sys.exit(status)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+
+
+def test_mlflow_that_cannot_be_reached_costs_one_line(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:////{tmp_path}/no/such/folder/mlflow.db")
+    assert main([*small, "optim.images=96"]) == 0
+    assert "was not updated" in capsys.readouterr().err
+
+
+def test_interrupted_then_resumed_from_the_command_line(small, tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), *small, "optim.images=64000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics = None
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics and metrics[0].stat().st_size):
+        metrics = list((tmp_path / "runs").glob("*/metrics.jsonl"))
+        time.sleep(0.05)
+    process.terminate()  # as a scheduler would
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command resumes" in said
+    assert list((tmp_path / "runs").glob("*/checkpoint.pt"))
+
+
+def test_mlflow_is_rebuilt_lines_are_not_logged_twice(small, tmp_path):
+    from mlflow import MlflowClient
+
+    from liquiddiff.record import mirror_to_mlflow
+
+    assert main([*small, "optim.images=96"]) == 0
+    record = Record(compose.plan([*small, "optim.images=96"])[1][0])
+    assert mirror_to_mlflow(record, {}) and mirror_to_mlflow(record, {})
+    client = MlflowClient(record.tracking_uri())
+    run_id = json.loads((record.folder / "mlflow.json").read_text())["run_id"]
+    points = client.get_metric_history(run_id, "loss")
+    assert len(points) == len({p.step for p in points})
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason=f"the photographs are not at {PHOTOS}")
+def test_real_photographs_with_imagenet_features(small, tmp_path):
+    # The train file alone, few images: the whole set takes minutes of feature extraction.
+    photos = ["data=flowers", f"data.path={PHOTOS}/train.parquet", "data.resolution=16", "eval.extractor=effnet_lite0"]
+    path = tmp_path / "few.parquet"
+    from datasets import load_dataset
+
+    load_dataset("parquet", data_files=f"{PHOTOS}/train.parquet", split="train[:40]", cache_dir=tmp_path).to_parquet(
+        path
+    )
+    small = [o for o in small if not o.startswith(("eval.n=", "eval.nfe="))]
+    photos[1] = f"data.path={path}"
+    assert main([*small, *photos, "optim.images=64", "eval.n=32", "eval.nfe=[1]"]) == 0
+    (folder,) = (tmp_path / "runs").glob("baseline-*")
+    row = Record(from_dict(Run, yaml.safe_load((folder / "run.yaml").read_text()))).evaluations()[0]
+    assert row["extractor"] == "effnet_lite0" and row["fd"] > 0
+    assert "fd_pixel" not in row
+
+
+def test_signature_follows_every_key_but_labels_and_places():
+    base = compose.plan([])[1][0]
+    changes = ["optim.lr=1e-5", "model.relaxation=none", "eval.n=100", "data.flip=true", "model.mixer.gate=static"]
+    signatures = {compose.plan([c])[1][0].signature() for c in changes}
+    assert len(signatures | {base.signature()}) == 6
+    for same in (
+        "seed=3",
+        "out=/tmp/x",
+        "threads=1",
+        "device=cpu",
+        "cache=/tmp/y",
+        "checkpoint_every=5",
+        "eval.batch=3",
+    ):
+        assert compose.plan([same])[1][0].signature() == base.signature()
+    # In another process, and against a salted hash.
+    code = "from experiments import compose; print(compose.plan([])[1][0].signature())"
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == base.signature()
+
+
+def test_a_run_survives_yaml():
+    run = compose.plan(["ablation=conv", "tier=hour", "optim.lr=3e-4"])[1][0]
+    from dataclasses import asdict
+
+    assert from_dict(Run, yaml.safe_load(yaml.safe_dump(asdict(run)))) == run
+    with pytest.raises(BadInput, match="unknown Optim key 'lrr'"):
+        from_dict(Run, {"optim": {"lrr": 1}})

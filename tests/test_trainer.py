@@ -1,0 +1,284 @@
+"""Training: it learns, it repeats to the bit, it survives any kill, and nothing depends on history."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import compose
+from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, trainer
+from liquiddiff.config import BadInput, Model, Optim
+from liquiddiff.ema import EMA
+from liquiddiff.record import Record
+from liquiddiff.seeding import initialise
+from liquiddiff.unet import LiquidDiffusionUNet
+
+
+def net_of(seed=0):
+    net = LiquidDiffusionUNet(Model("test", [8, 16], [1, 1]), in_channels=1, resolution=8)
+    initialise(net, seed)
+    return net
+
+
+def fresh(seed=0, **optim):
+    return RectifiedFlowTrainer(net_of(seed), seed=seed, optim=Optim(images=512, batch=16, warmup=64, **optim))
+
+
+def weights(fitted):
+    return {**fitted.model.state_dict(), **{f"ema.{k}": v for k, v in fitted.ema.net.state_dict().items()}}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_quick_start_of_the_seed():
+    model = liquid_diffusion_tiny()
+    fitted = RectifiedFlowTrainer(model, lr=1e-4, device="cpu")
+    metrics = fitted.train_step(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert float(f"{metrics['loss']:.4f}") > 0
+    samples = fitted.sample(batch_size=2, image_size=32, num_steps=2)
+    assert samples.shape == (2, 3, 32, 32)
+    assert samples.isfinite().all()
+
+
+def test_path_runs_from_data_to_noise():
+    x, noise = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
+    torch.testing.assert_close(flow.interpolate(x, noise, torch.zeros(2)), x)
+    torch.testing.assert_close(flow.interpolate(x, noise, torch.ones(2)), noise)
+    t = torch.full((2,), 0.25)
+    slope = (flow.interpolate(x, noise, t + 0.5) - flow.interpolate(x, noise, t)) / 0.5
+    torch.testing.assert_close(slope, noise - x)
+
+
+def test_draws_hang_on_the_position_alone():
+    noise, t = flow.draw(0, 10, 8, (1, 2, 2))
+    first, second = flow.draw(0, 10, 3, (1, 2, 2)), flow.draw(0, 13, 5, (1, 2, 2))
+    assert torch.equal(noise, torch.cat([first[0], second[0]]))
+    assert torch.equal(t, torch.cat([first[1], second[1]]))
+    assert not torch.equal(noise, flow.draw(1, 10, 8, (1, 2, 2))[0])
+
+
+def test_loss_is_the_mean_square_of_the_velocity_s_error():
+    fitted, x = fresh(), torch.randn(4, 1, 8, 8)
+    noise, t = flow.draw(0, 0, 4, (1, 8, 8))
+    loss = fitted.losses(lambda x, t: torch.zeros_like(x), x, noise, t)
+    torch.testing.assert_close(loss, ((noise - x) ** 2).mean((1, 2, 3)))
+
+
+@pytest.mark.slow
+def test_overfits_eight_images():
+    # With eight images and t = 1 excluded by few steps, samples must be (nearly) those images.
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    fitted = RectifiedFlowTrainer(net_of(), seed=0, optim=Optim(images=12_000, batch=32, lr=5e-3, warmup=500, ema=1000))
+    while fitted.images < 12_000:
+        fitted.train_step(images.repeat(4, 1, 1, 1))
+    samples = fitted.sample(16, 8, 20, channels=1)
+    nearest = torch.cdist(samples.flatten(1), images.flatten(1)).min(1).values / 8  # root mean square error
+    assert nearest.median() < 0.25  # two random images are about 1.4 apart
+
+
+def test_warm_up_then_cosine_to_zero():
+    fitted = fresh(lr=1.0)
+    rates = []
+    for images in (0, 32, 64, 288, 512):
+        fitted.images = images
+        rates.append(fitted.learning_rate())
+    assert rates == pytest.approx([1 / 64, 33 / 64, 1.0, 0.5, 0.0], abs=1e-9)
+
+
+def test_ema_half_life_is_in_images():
+    for batch in (10, 100):
+        net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(net.weight)
+        ema = EMA(net, half_life=1000)
+        torch.nn.init.ones_(net.weight)
+        for step in range(1000 // batch):
+            ema.update(net, 100_000 + step * batch, batch)
+        assert ema.net.weight.item() == pytest.approx(0.5)
+
+
+def test_gradients_are_clipped():
+    fitted = fresh(clip=1e-3)
+    seen = []
+    fitted.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in fitted.model.parameters()]).norm().item())
+    )
+    fitted.train_step(torch.randn(4, 1, 8, 8))
+    assert seen[0] <= 1.001e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(precision):
+    losses = {}
+    for kind in ("fp32", precision):
+        fitted = fresh(precision=kind)
+        losses[kind] = [
+            fitted.train_step(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)))["loss"]
+            for _ in range(3)
+        ]
+    torch.testing.assert_close(torch.stack(losses[precision]), torch.stack(losses["fp32"]), rtol=0.02, atol=0.02)
+
+
+def test_state_continues_to_the_bit():
+    images = torch.randn(12, 16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    whole, first, second = fresh(), fresh(), fresh(seed=0)
+    for k, batch in enumerate(images):
+        whole.train_step(batch)
+        if k < 5:
+            first.train_step(batch)
+    second.load_state(first.state())
+    for batch in images[5:]:
+        second.train_step(batch)
+    assert_same(weights(whole), weights(second))
+
+
+def test_two_runs_are_equal_to_the_bit_and_seeds_differ(small, tmp_path):
+    a, b, c = (
+        trainer.train(compose.as_run(compose.one([*small, f"out={tmp_path}/{k}", f"seed={seed}", "optim.images=96"])))[
+            0
+        ]
+        for k, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert_same(weights(a), weights(b))
+    assert not torch.equal(a.model.stem[0].weight, c.model.stem[0].weight)
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_bit(small, tmp_path):
+    overrides = [*small, "optim.images=1600"]
+    whole = trainer.train(compose.as_run(compose.one([*overrides, f"out={tmp_path}/whole"])))[0]
+    killed = compose.as_run(compose.one([*overrides, f"out={tmp_path}/killed"]))
+    record = Record(killed)
+    code = "import sys; from experiments import compose; from liquiddiff import train; train(compose.as_run(compose.one(sys.argv[1:])))"
+    for _ in range(2):  # dies wherever it happens to be, twice
+        process = subprocess.Popen([sys.executable, "-W", "error", "-c", code, *overrides, f"out={tmp_path}/killed"])
+        seen = len(record.rows())
+        deadline = time.monotonic() + 60
+        while len(record.rows()) < seen + 12 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    resumed = trainer.train(killed)[0]
+    assert_same(weights(whole), weights(resumed))
+    images = [row["images"] for row in record.rows() if "loss" in row]
+    assert images == sorted(set(images)), "no line is written twice"
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    checkpoint.save({"images": 1}, tmp_path)
+    checkpoint.save({"images": 2}, tmp_path)
+    assert checkpoint.load(tmp_path)["images"] == 2
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert checkpoint.load(tmp_path)["images"] == 1
+    assert "damaged" in capsys.readouterr().out
+    (tmp_path / "checkpoint.prev.pt").write_bytes(b"")
+    with pytest.raises(checkpoint.Damaged, match="force=true"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_checkpoint_never_executes_code(tmp_path):
+    import hashlib
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/executed",))
+
+    payload = pickle.dumps(Evil())
+    (tmp_path / "checkpoint.pt").write_bytes(hashlib.sha256(payload).hexdigest().encode() + payload)
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save({"images": 1}, tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save({"images": 2}, tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path)["images"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(small, monkeypatch):
+    run = compose.as_run(compose.one(small))
+    real = flow.interpolate
+    calls = []
+
+    def poisoned(x, noise, t):
+        calls.append(1)
+        return real(x, noise, t) * (math.nan if len(calls) > 7 else 1)
+
+    monkeypatch.setattr(trainer.flow, "interpolate", poisoned)
+    with pytest.raises(trainer.NonFinite, match=r"at \d+ images"):
+        trainer.train(run)
+    state = checkpoint.load(Record(run).folder)
+    assert 0 < state["images"] < 320
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_another_configuration_s_checkpoint_is_refused(small):
+    run = compose.as_run(compose.one([*small, "optim.images=96"]))
+    trainer.train(run)
+    folder = Record(run).folder
+    state = checkpoint.load(folder)
+    for key in ("signature", "fingerprint"):
+        checkpoint.save(state | {key: "0" * 8}, folder)
+        with pytest.raises(BadInput, match=key):
+            trainer.train(run)
+
+
+def test_one_process_per_run(small):
+    record = Record(compose.as_run(compose.one(small)))
+    record.create()
+    with record.lock(), pytest.raises(BadInput, match="another process"):
+        trainer.train(record.run)
+    code = f"import fcntl, os; f = open('{record.folder}/lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with record.lock():
+        pass  # the dead process does not hold it
+
+
+def test_validation_is_the_same_for_every_seed_and_batch(small):
+    run = compose.as_run(compose.one(small))
+    images = trainer.open_data(run.data, run.cache)
+    a, b = fresh(0), fresh(7)
+    b.ema.net.load_state_dict(a.ema.net.state_dict())
+    one, two = trainer.validate(a, images, 32, 32), trainer.validate(b, images, 32, 5)
+    assert one == pytest.approx(two, rel=1e-5)
+    quarters = [one[f"val_loss_t{k}"] for k in range(4)]
+    assert one["val_loss"] == pytest.approx(sum(quarters) / 4, rel=1e-5)
+
+
+GOLDEN = Path(__file__).parent / "golden_loss.json"
+
+
+def test_golden_losses(small):
+    """The first losses of the baseline and of no_relaxation: what changes them changes every committed table."""
+    losses = {}
+    for arm in ("baseline", "no_relaxation", "conv"):
+        run = compose.as_run(compose.one([f"ablation={arm}"]))
+        fitted = trainer.prepare(run, torch.device("cpu"))
+        images = trainer.open_data(run.data, small[-1].removeprefix("cache="))
+        losses[arm] = [fitted.train_step(images.batch(0, 32 * k, 32))["loss"].item() for k in range(4)]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+    assert losses == {
+        arm: pytest.approx(expected, rel=1e-4) for arm, expected in json.loads(GOLDEN.read_text()).items()
+    }
