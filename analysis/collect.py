@@ -66,7 +66,7 @@ def belonging(
         run = each.run
         if run.arm not in experiment.arms or run.seed not in experiment.at(run.tier).seeds:
             continue
-        if run.signature() != signature(run.arm, run.tier, run.data.name):
+        if each.today != signature(run.arm, run.tier, run.data.name):
             others.append(each.name)
             continue
         key = (run.tier, run.data.name, run.arm, run.seed)
@@ -174,6 +174,12 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, signatur
     if not rows:
         print(f"{experiment.name}: no finished run yet: python experiments/run.py experiment={experiment.name}")
         return
+    signatures: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        signatures[row["tier"], row["data"], row["arm"]].add(row["signature"])
+    mixed = [f"{key[2]} ({', '.join(sorted(names))})" for key, names in signatures.items() if len(names) > 1]
+    if mixed:
+        print(f"{experiment.name}: seeds of one arm ran under several signatures: {'; '.join(mixed)}")
     changed = write(path, rows)
     count = Counter(row["arm"] for row in {(r["tier"], r["data"], r["arm"], r["seed"]): r for r in rows}.values())
     del count["real"]

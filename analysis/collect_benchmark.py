@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from analysis import collect
-from experiments.room import Experiment
 from liquiddiff.config import Run
 from liquiddiff.record import Record, mirror_to_mlflow
 
@@ -66,6 +65,8 @@ def fill(out: Path, count: int) -> str:
 
 def benchmark(count: int = 10_000) -> int:
     """Fill a store, collect it, print the seconds."""
+    from experiments.room import Experiment
+
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         begin = time.perf_counter()

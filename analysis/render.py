@@ -7,7 +7,15 @@ from analysis.stats import Difference
 from liquiddiff.config import BadInput
 
 MISSING, NOT_APPLICABLE = "X", "—"
-LATEX = {"±": r"$\pm$", "—": "---", "†": r"$^\dagger$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "…": r"\dots{}"}
+LATEX = {
+    "±": r"$\pm$",
+    "—": "---",
+    "†": r"$^\dagger$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "…": r"\dots{}",
+    "|": r"\textbar{}",
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ class Found:
 
     run: Run
     signature: str  # under which it ran, which names its folder
+    today: str  # what its configuration signs as now: another where keys were added since
     facts: Row
     evaluations: list[Row]  # nfe, n, extractor, solver, reference and SCORES
     floor: Row | None  # n, reference_n and SCORES
@@ -74,7 +75,7 @@ def _from_folder(folder: Path, signature: str) -> Found:
     for key in ("loss", "val_loss"):
         facts[key] = next((row[key] for row in reversed(rows) if key in row), None)
     floor = next((row for row in rows if row.get("floor")), None)
-    return Found(run, signature, facts, record.evaluations(), floor)
+    return Found(run, signature, run.signature(), facts, record.evaluations(), floor)
 
 
 def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
@@ -89,10 +90,11 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
     for params, tags, last, history in stored:
         if not wanted(tags.get("arm", "")):
             continue
-        run = _parse_run(tuple(sorted(params.items())))
-        if run is None:
+        parsed = _parse_config(tuple(sorted(item for item in params.items() if item[0] != "seed")))
+        if parsed is None:
             print(f"left out an MLflow run of {tags.get('arm')}: its parameters are not a Run", file=sys.stderr)
             continue
+        run, today = replace(parsed[0], seed=int(params.get("seed", 0))), parsed[1]
         fd = "fid" if run.eval.extractor == "inception" else f"fd_{run.eval.extractor}"
         by_nfe: dict[int, Row] = defaultdict(dict)
         for key, nfe, value in history:
@@ -103,7 +105,7 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
         facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
         floor = {key.removeprefix("floor_"): value for key, value in last.items() if key.startswith("floor_")}
         evaluations = [{"nfe": nfe, **same, **row} for nfe, row in sorted(by_nfe.items())]
-        found.append(Found(run, tags.get("signature", run.signature()), facts, evaluations, floor or None))
+        found.append(Found(run, tags.get("signature", today), today, facts, evaluations, floor or None))
     return found
 
 
@@ -127,17 +129,31 @@ def _read_sql(uri: str) -> Iterable[Stored]:
     scores = (
         "(metrics.key in ('fid', 'fd_pixel', 'kid', 'precision', 'recall') or metrics.key like 'fd\\_%' escape '\\')"
     )
+    # Runs of one signature have one configuration: the parameters of one of them, and the seed of each, are enough.
+    first_of_each = (
+        f"select min(tags.run_uuid) {of_runs.format('tags', 'tags')} and tags.key = 'signature' group by value"
+    )
+    needed = {
+        "params": f"(params.key = 'seed' or params.run_uuid in ({first_of_each}))",
+        "tags": "tags.key not like 'mlflow.%'",
+        "latest_metrics": "(latest_metrics.key in ('loss', 'val_loss') or latest_metrics.key like 'floor%')",
+    }
     with engine.connect() as connection:
         for table, store in (("params", params), ("tags", tags), ("latest_metrics", last)):
             query = f"select {table}.run_uuid, {table}.key, {table}.value {of_runs.format(table, table)}"
-            for run_id, key, value in connection.execute(sa.text(query)):
+            for run_id, key, value in connection.execute(sa.text(f"{query} and {needed[table]}")):
                 store[run_id][sys.intern(key)] = value
         # In the order of logging, so that the last of a step that was logged twice wins.
         query = f"select metrics.run_uuid, metrics.key, step, metrics.value {of_runs.format('metrics', 'metrics')}"
         for run_id, key, step, value in connection.execute(sa.text(f"{query} and {scores} order by timestamp")):
             history[run_id].append((key, step, value))
     engine.dispose()
-    return [(params[run_id], tags[run_id], last[run_id], history[run_id]) for run_id in sorted(params)]
+    ours = sorted(run_id for run_id in params if {"arm", "signature"} <= tags[run_id].keys())
+    whole = {tags[run_id]["signature"]: params[run_id] for run_id in ours if len(params[run_id]) > 1}
+    for run_id in ours:  # the seed and the arm's name are not part of a signature
+        own = {"seed": params[run_id]["seed"], "arm": tags[run_id]["arm"]}
+        params[run_id] = whole.get(tags[run_id]["signature"], {}) | own
+    return [(params[run_id], tags[run_id], last[run_id], history[run_id]) for run_id in ours]
 
 
 def _read_client(uri: str) -> Iterable[Stored]:
@@ -166,16 +182,9 @@ def _read_client(uri: str) -> Iterable[Stored]:
     return [(r.data.params, r.data.tags, r.data.metrics, h) for r, h in zip(runs, points, strict=True)]
 
 
-def _parse_run(params: tuple[tuple[str, str], ...]) -> Run | None:
-    """The `Run` behind MLflow's parameters, which are strings; None where they are not a Run's."""
-    mine = tuple(item for item in params if item[0] != "seed")
-    run = _parse_config(mine)
-    seed = dict(params).get("seed", "0")
-    return run and Run(**{**run.__dict__, "seed": int(seed)})
-
-
 @cache
-def _parse_config(params: tuple[tuple[str, str], ...]) -> Run | None:
+def _parse_config(params: tuple[tuple[str, str], ...]) -> tuple[Run, str] | None:
+    """The `Run` behind MLflow's parameters, which are strings, and its signature; None where they are not a Run's."""
     defaults = flatten(Run())
     nested: dict[str, Any] = {}
     try:
@@ -190,6 +199,7 @@ def _parse_config(params: tuple[tuple[str, str], ...]) -> Run | None:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[leaf] = value
-        return from_dict(Run, nested)
+        run = from_dict(Run, nested)
+        return run, run.signature()
     except (BadInput, ValueError, SyntaxError, TypeError):
         return None

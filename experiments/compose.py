@@ -16,10 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.room import load_experiment
+from experiments.room import ROOT, arm_files, load_experiment, rooms
 from liquiddiff.config import DATA_SETS, SIZES, BadInput, Run, check, choose, flatten
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -34,24 +32,13 @@ class Launch(Run):
 
 @cache
 def arms() -> dict[str, Path]:
-    """Every arm's file, by name. Raises BadInput where two rooms have one of the same name."""
-    found: dict[str, Path] = {}
-    for path in sorted(ROOT.glob("*/*.yaml")):
-        if path.parent.name != "tiers" and path.name != "experiment.yaml":
-            if path.stem in found:
-                raise BadInput(f"two arms are named {path.stem}: {found[path.stem]} and {path}; rename one")
-            found[path.stem] = path
-    return found
+    """Every arm's file, by name."""
+    return arm_files()
 
 
 def tiers() -> dict[str, Path]:
     """Every tier's file, by name."""
     return {path.stem: path for path in sorted((ROOT / "tiers").glob("*.yaml"))}
-
-
-def rooms() -> dict[str, Path]:
-    """Every room's folder, by name."""
-    return {path.parent.name: path.parent for path in sorted(ROOT.glob("*/experiment.yaml"))}
 
 
 def room_of(arm: str) -> str:

@@ -44,12 +44,14 @@ def rooms(root: Path = ROOT) -> dict[str, Path]:
 
 
 def arm_files(root: Path = ROOT) -> dict[str, Path]:
-    """Every arm's file, by name. The baseline has none: it is config.yaml itself."""
-    return {
-        path.stem: path
-        for path in sorted(root.glob("*/*.yaml"))
-        if path.parent.name != "tiers" and path.name != "experiment.yaml"
-    }
+    """Every arm's file, by name. The baseline has none: it is config.yaml itself. Raises BadInput for a name twice."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.glob("*/*.yaml")):
+        if path.parent.name != "tiers" and path.name != "experiment.yaml":
+            if path.stem in found:
+                raise BadInput(f"two arms are named {path.stem}: {found[path.stem]} and {path}; rename one")
+            found[path.stem] = path
+    return found
 
 
 def select(name: str, root: Path = ROOT) -> list[Experiment]:

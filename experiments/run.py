@@ -100,7 +100,7 @@ def compute(
     import torch
 
     from analysis import metrics, plots
-    from liquiddiff import trainer
+    from liquiddiff import device, trainer
     from liquiddiff.data import open_data, to_uint8
     from liquiddiff.flow import initial_noise
     from liquiddiff.record import mirror_to_mlflow
@@ -129,7 +129,7 @@ def compute(
 
         def sample(start: int, count: int, nfe: int) -> "tuple[Tensor, int]":
             noise = initial_noise(run.seed, start, count, run.image_shape)
-            x, used = fitted.generate(noise, nfe, run.eval.solver)
+            x, used = fitted.generate(noise, nfe, run.eval.solver, run.eval.shift)
             images_NCHW = to_uint8(x.cpu())
             sheet[:] = [images_NCHW[:64]] if start == 0 else sheet
             sampling(count * nfe)
@@ -147,7 +147,7 @@ def compute(
         if missing:
             print(f"error: {missing} Everything else is in {record.folder}", file=sys.stderr)
             return 2
-        record.finish(seconds=time.perf_counter() - begin, peak_mib=trainer.peak_mib(fitted.device))
+        record.finish(seconds=time.perf_counter() - begin, peak_mib=device.peak_mib(fitted.device))
         mirror_to_mlflow(record, tags, artifacts=True)
     return 0
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,17 +33,25 @@ class Bar:
 
     def __init__(self, total: int, label: str, unit: str):
         tty = sys.stderr.isatty()
-        self.options = {"total": total, "desc": label, "unit": unit, "mininterval": 0.3 if tty else 20.0}
+        self.options: dict[str, Any] = {
+            "total": total,
+            "desc": label,
+            "unit": unit,
+            "mininterval": 0.3 if tty else 20.0,
+        }
         self.options |= {"ncols": None if tty else 100, "unit_scale": True, "smoothing": 0.05}
         self.bar: tqdm | None = None
+        self.done = 0
 
     def move(self, to: int, loss: float | None = None) -> None:
         """Show that `to` of the total are done."""
         if self.bar is None:
+            self.done = to
             self.bar = tqdm(initial=to, **self.options)  # a resumed run's speed counts from where it resumed
         if loss is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self.bar.update(to - self.bar.n)
+        self.bar.update(to - self.done)
+        self.done = to
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -71,7 +80,7 @@ class Sampling(Bar):
     def __call__(self, evaluations: int) -> None:
         """Another `evaluations` are done."""
         self.after.close()
-        self.move((self.bar.n if self.bar else 0) + evaluations)
+        self.move(self.done + evaluations)
 
 
 def results(record: Record) -> None:

@@ -42,11 +42,12 @@ class Mixer:
 
 @dataclass
 class Model:
-    """The U-Net (liquiddiff/unet.py)."""
+    """The network: the U-Net (liquiddiff/unet.py), or a whole peer."""
 
     size: str = "nano"
     channels: list[int] = field(default_factory=lambda: [32, 64])
     blocks: list[int] = field(default_factory=lambda: [2, 2])
+    network: str = "liquid"  # liquid, ddpm_unet, dit
     mixer: Mixer = field(default_factory=Mixer)
     relaxation: str = "liquid"  # liquiddiff/relaxation.py
     mix_kernels: list[int] = field(default_factory=lambda: [3, 5, 7])  # spatial mix; [] removes it
@@ -60,9 +61,10 @@ class Model:
 class Flow:
     """The objective (liquiddiff/flow.py)."""
 
-    times: str = "uniform"
-    loss: str = "mse"
-    prediction: str = "velocity"
+    times: str = "uniform"  # uniform, logit_normal, logit_normal_low, u_shaped
+    loss: str = "mse"  # mse, pseudo_huber
+    prediction: str = "velocity"  # velocity, data, noise
+    reflow: int = 0  # train on this many (noise, image) pairs of the same seed's baseline; 0: on the data
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Eval:
     n: int = 1_797  # generated images
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     solver: str = "euler"
+    shift: float = 1.0  # spacing of the time steps; above 1 spends more of them near the noise
     extractor: str = "digits"
     batch: int = 256  # any value gives the same images
     val_n: int = 512  # fixed (image, t, noise) triples behind val_loss
@@ -116,8 +119,14 @@ class Run:
 
     def signature(self) -> str:
         """First 8 hex digits of the SHA-256 over everything that can change a result."""
-        config = {key: value for key, value in flatten(self).items() if key not in UNSIGNED}
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        return _digest(self._signed())
+
+    def training_signature(self) -> str:
+        """As `signature`, of what training alone depends on: runs that share it share their weights."""
+        return _digest({k: v for k, v in self._signed().items() if not k.startswith("eval.")})
+
+    def _signed(self) -> dict[str, Any]:
+        return {key: value for key, value in flatten(self).items() if key not in UNSIGNED}
 
     @property
     def name(self) -> str:
@@ -151,6 +160,10 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     "celebahq": {"resolution": 256, "channels": 3, "flip": True},
     "folder": {"resolution": 64, "channels": 3, "flip": True},
 }
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

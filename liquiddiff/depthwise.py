@@ -1,7 +1,7 @@
 """Depthwise k x k convolution ("same" padding, stride 1) that is fast on CPU, beside the literal `F.conv2d`.
 
 On channels-last float32 CPU tensors, torch's 7x7 weight gradient takes 5-45 times its forward. `depthwise.c`, compiled
-on first use by the system's compiler and kept under `~/.cache/liquiddiff`, computes it in about the forward's time.
+on first use (see native.py), computes it in about the forward's time.
 Without a compiler, and for every other device, dtype or mode (autocast, meta and fake tensors, FLOP counting,
 functorch), torch does the work: same numbers, no warning.
 
@@ -10,16 +10,8 @@ Legend: B batch, C channels, H height, W width, k odd kernel size.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from liquiddiff import native
+
 __all__ = ["DepthwiseConv2d", "backend", "depthwise", "depthwise_reference", "literal", "merge_kernels"]
 
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 KERNEL_SIZES = (3, 5, 7, 9, 11)  # of the C path; registers are blocked for up to 7
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -96,13 +89,18 @@ _PLAIN = (Tensor, nn.Parameter)
 
 @contextmanager
 def literal() -> Iterator[None]:
-    """Within, `depthwise` is `depthwise_reference`: for tests, budgets and benchmarks."""
+    """Within, `depthwise` is `depthwise_reference`, and `fused` is torch: for tests, budgets and benchmarks."""
     global _literal
     before, _literal = _literal, True
     try:
         yield
     finally:
         _literal = before
+
+
+def is_literal() -> bool:
+    """Tell whether this is within `literal`."""
+    return _literal
 
 
 def backend(kernel_size: int = 7) -> str:
@@ -127,63 +125,17 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     lanes: int  # the least number of channels
-    parallel: int | None  # address of GOMP_parallel
 
 
 @functools.cache
 def _library(kernel_size: int) -> _Library | None:
-    try:
-        library = _build(kernel_size)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        subprocess.SubprocessError,
-    ):  # no compiler, home, room or right to execute
+    library = native.load("depthwise", f"K={kernel_size}")
+    if library is None:
         return None
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [pointer, index]
     library.dw_backward.argtypes = [pointer] * 6 + [index] * 4 + [pointer, index]
-    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes(), _gomp_parallel())
-
-
-def _build(kernel_size: int) -> ctypes.CDLL:
-    source = Path(__file__).with_name("depthwise.c")
-    flags, compiler = [*FLAGS, f"-DK={kernel_size}"], os.environ.get("CC", "")
-    key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _cpu())).encode()).hexdigest()[:20]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
-    target = cache / f"depthwise-{key}.so"
-    with suppress(OSError):  # missing, or damaged: build it
-        return ctypes.CDLL(str(target))
-    command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=cache, prefix="build-")
-    except OSError:  # a read-only home: for this process alone
-        folder = tempfile.TemporaryDirectory(prefix="liquiddiff-")
-    with folder as build:
-        made = Path(build) / "depthwise.so"
-        subprocess.run([*command, *flags, "-o", str(made), str(source)], check=True, capture_output=True, timeout=120)
-        library = ctypes.CDLL(str(made))  # stays mapped when the file moves or goes
-        if made.parent.parent == cache:
-            os.replace(made, target)  # atomic: another process sees the whole file or none
-    return library
-
-
-def _cpu() -> list[str]:
-    """Describe what -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.processor()]
-    lines = [line for line in lines if not line.startswith(("cpu MHz", "bogomips"))]
-    return [platform.system(), platform.machine(), *lines]
-
-
-def _gomp_parallel() -> int | None:
-    """Find `GOMP_parallel` in the OpenMP runtime that torch is linked with: one pool of threads, never two."""
-    try:
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError):  # another threading backend: one thread
-        return None
+    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes())
 
 
 # --- forward and backward --------------------------------------------------------------------------------------------
@@ -202,7 +154,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _call(lib: _Library, function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int]) -> None:
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if function(*pointers, *shape, lib.parallel, torch.get_num_threads()):
+    if function(*pointers, *shape, native.parallel(), torch.get_num_threads()):
         raise MemoryError("depthwise convolution: out of memory")
 
 

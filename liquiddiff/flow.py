@@ -3,6 +3,7 @@
 x_t = (1 - t) x + t noise, target velocity v = noise - x. Shapes: B batch, images (B, C, H, W), t (B,).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,19 +11,47 @@ from torch import Tensor
 
 from liquiddiff.seeding import generator
 
+U_SHAPE = 4.0  # Lee et al., arXiv:2405.20320, section 4.1: p(t) ~ exp(a t) + exp(a (1 - t))
+HUBER = 0.00054  # c / sqrt(dimensions) of the pseudo-Huber loss, the same paper's section 4.2
+CLAMP = 0.02  # least divisor where a velocity is read from predicted data (t) or noise (1 - t)
+
 # Time distributions as inverse CDFs of one uniform draw, so that arms which differ in them stay paired.
 TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
+    "logit_normal": lambda u: torch.special.ndtri(u).sigmoid(),  # SD3, arXiv:2403.03206
+    "logit_normal_low": lambda u: (1.2 * torch.special.ndtri(u) - 1.2).sigmoid(),  # EDM's: logit(t) is its ln(sigma)
+    "u_shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE,
 }
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": lambda v, target: (v - target).square().flatten(1).mean(1),
+
+def _mse(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+def _pseudo_huber(error: Tensor) -> Tensor:
+    """sqrt(|e|^2 + c^2) - c, divided by sqrt(dimensions), so that its size does not hang on the resolution."""
+    return (_mse(error) + HUBER**2).sqrt() - HUBER
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"mse": _mse, "pseudo_huber": _pseudo_huber}
+
+# What the network predicts: (its target, its output as a velocity), each of (x or output, noise or x_t, t).
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+PREDICTIONS: dict[str, tuple[Rule, Rule]] = {
+    "velocity": (lambda x, noise, t: noise - x, lambda output, x_t, t: output),
+    "data": (lambda x, noise, t: x, lambda output, x_t, t: (x_t - output) / t.clamp(min=CLAMP)),
+    "noise": (lambda x, noise, t: noise, lambda output, x_t, t: (output - x_t) / (1 - t).clamp(min=CLAMP)),
 }
+
+
+def per_image(t_B: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return t_B[:, None, None, None]
 
 
 def interpolate(x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
     """x_t on the straight path."""
-    return torch.lerp(x_BCHW, noise_BCHW, t_B[:, None, None, None])
+    return torch.lerp(x_BCHW, noise_BCHW, per_image(t_B))
 
 
 def draw(seed: int, start: int, count: int, shape: tuple[int, ...], times: str = "uniform") -> tuple[Tensor, Tensor]:

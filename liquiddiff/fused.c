@@ -77,7 +77,7 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* --- a job: the same function on every piece -----------------------------------------------------------------------*/
+/* --- a job: the same function on every piece ------------------------------------------------------------------*/
 
 /* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
 typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
@@ -117,20 +117,20 @@ static void run(job_t *j, void *parallel, idx threads) {
 #define SHAPE .B = B, .P = P, .C = C, .piece = piece
 #define UNPACK const idx C = j->C, from = (b * j->P + first) * C, to = (b * j->P + last) * C;
 
-/* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ---------------------------------------*/
+/* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ----------------------------------*/
 
 static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *scale = j->row[0] + b * C, *shift = j->row[1] + b * C;
+    const float *scale = j->row[0] + b * C, *shift = j->row[1] + b * C, each = 1.0f / C;
     float *moments = j->moments + (b * j->P + first) * 2;
     for (idx at = from; at < to; at += C) {
         const float *x = j->in[0] + at;
         float *y = j->out[0] + at;
         vec sum = {0}, squares = {0};
         CHANNELS(sum += load(x + c, n);)
-        const float mean = total(sum) / C;
+        const float mean = total(sum) * each;
         CHANNELS(const vec d = existing(load(x + c, n) - mean, n); squares += d * d;)
-        const float rstd = 1.0f / sqrtf(total(squares) / C + j->eps);
+        const float rstd = 1.0f / sqrtf(total(squares) * each + j->eps);
         CHANNELS(store(y + c, (load(x + c, n) - mean) * rstd * (1.0f + load(scale + c, n)) + load(shift + c, n), n);)
         if (sums) CHANNELS(add(sums + c, load(y + c, n), n);)
         *moments++ = mean, *moments++ = rstd;
@@ -141,7 +141,8 @@ static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
  * row[1], where there is one, is the gradient of the mean of y. */
 static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *scale = j->row[0] + b * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL, share = 1.0f / j->P;
+    const float *scale = j->row[0] + b * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL;
+    const float share = 1.0f / j->P, each = 1.0f / C;
     const float *moments = j->moments + (b * j->P + first) * 2;
     for (idx at = from; at < to; at += C) {
         const float *g = j->in[0] + at, *x = j->in[1] + at, mean = *moments++, rstd = *moments++;
@@ -156,7 +157,7 @@ static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) 
             add(sums + c, grad * normed, n);
             add(sums + C + c, grad, n);
             store(dx + c, d, n);)
-        const float mean_d = total(sum) / C, mean_dot = total(dot) / C;
+        const float mean_d = total(sum) * each, mean_dot = total(dot) * each;
         CHANNELS(
             const vec normed = (load(x + c, n) - mean) * rstd;
             store(dx + c, rstd * (load(dx + c, n) - mean_d - normed * mean_dot), n);)
@@ -177,7 +178,7 @@ void adaln_backward(const float *g, const float *x, const float *scale, const fl
     run(&j, parallel, threads);
 }
 
-/* --- y = s g + (1 - s) h, s = sigmoid(a f - b) ----------------------------------------------------------------------*/
+/* --- y = s g + (1 - s) h, s = sigmoid(a f - b) -----------------------------------------------------------------*/
 
 static void gate(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
@@ -219,7 +220,7 @@ void gate_backward(const float *grad, const float *f, const float *g, const floa
     run(&j, parallel, threads);
 }
 
-/* --- out = x + alpha n + (1 - alpha) y ------------------------------------------------------------------------------*/
+/* --- out = x + alpha n + (1 - alpha) y -------------------------------------------------------------------------*/
 
 static void relax(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
@@ -257,7 +258,7 @@ void relax_backward(const float *g, const float *kept, const float *mixed, const
     run(&j, parallel, threads);
 }
 
-/* --- y = z sigmoid(z), z = x + v, where there is a v ----------------------------------------------------------------*/
+/* --- y = z sigmoid(z), z = x + v, where there is a v -----------------------------------------------------------*/
 
 static void silu(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liquiddiff import depthwise, native
+from liquiddiff import native
+from liquiddiff.depthwise import is_literal
 
 __all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
 
@@ -68,10 +69,6 @@ def backend() -> str:
     return "torch" if _library() is None else "c"
 
 
-def _literal() -> bool:
-    return depthwise._literal
-
-
 def _image(v_BC: Tensor) -> Tensor:
     return v_BC[:, :, None, None]
 
@@ -79,7 +76,7 @@ def _image(v_BC: Tensor) -> Tensor:
 def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
     shape = images[0].shape
-    if _literal() or len(shape) != 4 or not native.eager(*images, *rows) or images[0].numel() == 0:
+    if is_literal() or len(shape) != 4 or not native.eager(*images, *rows) or images[0].numel() == 0:
         return False
     fits = all(i.shape == shape and i.is_contiguous(memory_format=torch.channels_last) for i in images)
     return fits and all(row.shape == shape[:2] for row in rows) and _library() is not None

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=
 def load(name: str, *defines: str) -> ctypes.CDLL | None:
     """Compile `name`.c with `-D` for each of `defines`, unless it is kept already, and load it; None where that fails.
 
-    It fails where there is no compiler, no room or no right to execute. The caller keeps what it gets.
+    It fails where there is no compiler, home, room or right to execute. The caller keeps what it gets.
     """
     try:
         return _build(name, [*FLAGS, *(f"-D{define}" for define in defines)])
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError):
         return None
 
 
@@ -40,7 +41,7 @@ def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
     key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _cpu())).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
     target = cache / f"{name}-{key}.so"
-    if target.exists():
+    with suppress(OSError):  # missing, or damaged: build it
         return ctypes.CDLL(str(target))
     command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     try:

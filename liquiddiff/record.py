@@ -118,10 +118,26 @@ class Record:
                 rows.append(json.loads(line))
         return rows
 
-    def rewind(self, images: int) -> None:
-        """Drop training lines past `images` and all evaluation lines: what follows will write them again."""
-        kept = [row for row in self.rows() if row.get("images", math.inf) <= images]
+    def rewind(self, images: int, source: "Record | None" = None) -> None:
+        """Keep the training lines (of `source`, if given) up to `images`; what follows will write the others again."""
+        kept = [row for row in (source or self).rows() if row.get("images", math.inf) <= images]
         write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def trained(self) -> None:
+        """Note where the weights of this training configuration and seed are, for `twin`."""
+        self._index().parent.mkdir(exist_ok=True)
+        write_atomic(self._index(), self.folder.name)
+
+    def twin(self) -> "Record | None":
+        """A run under the same `out` with the same training configuration and seed that is trained."""
+        if not self._index().exists():
+            return None
+        folder = self.out / self._index().read_text()
+        found = Record(read_run(folder), self.out) if (folder / "checkpoint.pt").exists() else None
+        return found if found and found.folder == folder and found.folder != self.folder else None
+
+    def _index(self) -> Path:
+        return self.out / ".trained" / f"{self.run.training_signature()}-s{self.run.seed}"
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluation lines."""

@@ -74,7 +74,7 @@ class SSM(nn.Module):
         """
         A_MN = torch.complex(-self.log_decay.exp(), self.frequency)
         power_MN = A_MN * self.log_dt.exp()[:, None]
-        weight_2MN = 2 * torch.view_as_complex(self.c) * (power_MN.exp() - 1) / A_MN
+        weight_2MN = 2 * torch.view_as_complex(self.c.contiguous()) * (power_MN.exp() - 1) / A_MN
         S = math.isqrt(L - 1) + 1
         steps = torch.arange(S, device=A_MN.device)
         fine_MNa = (power_MN[:, :, None] * steps).exp()

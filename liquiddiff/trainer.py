@@ -1,13 +1,9 @@
 """Rectified-flow training: `RectifiedFlowTrainer`, the seed's quick start, and `train`, the one loop on it."""
 
-import ctypes
 import math
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 from liquiddiff import budget, checkpoint, flow
 from liquiddiff.config import BadInput, Flow, Optim, Run, choose
 from liquiddiff.data import ImageData, open_data
+from liquiddiff.device import device_name, keep_freed_memory, resolve_device, resolve_precision
 from liquiddiff.ema import EMA
 from liquiddiff.record import Record
 from liquiddiff.seeding import initialise
@@ -29,53 +26,6 @@ VAL_BINS = 4  # val_loss is also given for each quarter of t
 
 class NonFinite(RuntimeError):
     """The loss is no longer a number."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises BadInput for a device that torch does not have."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: giving it back and faulting it in again costs a CPU step up to half its time."""
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its upper limit
-
-
-def peak_mib(device: torch.device) -> float:
-    """Most memory in use so far: the GPU's allocations, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 where the GPU has it, else fp16 (a T4); fp32 on a CPU."""
-    if name != "auto":
-        return name
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 class RectifiedFlowTrainer:
@@ -151,9 +101,16 @@ class RectifiedFlowTrainer:
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Per-image loss, (B,), in float32."""
         x, noise, t = (v.to(self.device, non_blocking=True) for v in (x, noise, t))
+        target, _ = flow.PREDICTIONS[self.flow.prediction]
         with self.autocast():
-            v = net(flow.interpolate(x, noise, t), t)
-        return flow.LOSSES[self.flow.loss](v.float(), noise - x)
+            output = net(flow.interpolate(x, noise, t), t)
+        return flow.LOSSES[self.flow.loss](output.float() - target(x, noise, flow.per_image(t)))
+
+    def velocity(self, x_t_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The EMA network's velocity, whatever it predicts, in float32."""
+        with self.autocast():
+            output = self.ema.net(x_t_BCHW, t_B)
+        return flow.PREDICTIONS[self.flow.prediction][1](output.float(), x_t_BCHW, flow.per_image(t_B))
 
     @torch.inference_mode()
     def sample(
@@ -170,14 +127,9 @@ class RectifiedFlowTrainer:
         return self.generate(noise, num_steps, solver)[0]
 
     @torch.inference_mode()
-    def generate(self, noise_BCHW: Tensor, nfe: int, solver: str) -> tuple[Tensor, int]:
+    def generate(self, noise_BCHW: Tensor, nfe: int, solver: str, shift: float = 1.0) -> tuple[Tensor, int]:
         """Images from given noise, and the evaluations used."""
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with self.autocast():
-                return self.ema.net(x, t).float()
-
-        return integrate(velocity, noise_BCHW.to(self.device), nfe, solver)
+        return integrate(self.velocity, noise_BCHW.to(self.device), nfe, solver, shift)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -209,7 +161,9 @@ def validate(trainer: RectifiedFlowTrainer, images: ImageData, n: int, batch: in
         index = torch.arange(start, min(start + batch, n))
         x = images.tensor(images.heldout[index.numpy() % len(images.heldout)])
         noise = flow.initial_noise(-1, start, len(index), tuple(x.shape[1:]))  # -1: no run's seed
-        losses.append(trainer.losses(trainer.ema.net, x, noise, ((index * 7919) % n + 0.5) / n).cpu())
+        t = ((index * 7919) % n + 0.5) / n  # 7919 is prime: every stratum once, in an order unlike the images'
+        x, noise, t = (v.to(trainer.device) for v in (x, noise, t))
+        losses.append(flow.LOSSES["mse"](trainer.velocity(flow.interpolate(x, noise, t), t) - (noise - x)).cpu())
     loss = torch.cat(losses)
     bins = ((torch.arange(n) * 7919) % n * VAL_BINS) // n
     by_bin = {f"val_loss_t{k}": loss[bins == k].mean().item() for k in range(VAL_BINS)}
@@ -226,20 +180,23 @@ def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
 def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> float:
     """Continue from the folder's newest sound checkpoint. Returns the training seconds it already took.
 
+    A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
     Raises BadInput for a checkpoint of another configuration or other data.
     """
-    state = checkpoint.load(record.folder)
+    state, source = checkpoint.load(record.folder), record
+    if state is None and (twin := record.twin()):
+        state, source = checkpoint.load(twin.folder), twin
     if state is None:
         record.rewind(-1)
         return 0.0
-    for key, mine in (("signature", record.run.signature()), ("fingerprint", fingerprint)):
+    for key, mine in (("training", record.run.training_signature()), ("fingerprint", fingerprint)):
         if state[key] != mine:
             raise BadInput(
-                f"the checkpoint in {record.folder} has {key} {state[key]}, this run has {mine}; "
+                f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {mine}; "
                 "give another out=DIR, or force=true to start again (the old folder is kept)"
             )
     trainer.load_state(state)
-    record.rewind(trainer.images)
+    record.rewind(trainer.images, source)
     return state["seconds"]
 
 
@@ -270,6 +227,7 @@ def fit(
     keep_freed_memory()
     choose("time distribution", run.flow.times, flow.TIMES)
     choose("loss", run.flow.loss, flow.LOSSES)
+    choose("prediction", run.flow.prediction, flow.PREDICTIONS)
     stages = len(TABLEAUX[choose("solver", run.eval.solver, TABLEAUX)][1])
     if min(run.eval.nfe) < stages:
         raise BadInput(
@@ -287,7 +245,7 @@ def fit(
     begin = time.perf_counter()
 
     def save() -> None:
-        state = trainer.state() | {"signature": run.signature(), "fingerprint": images.fingerprint}
+        state = trainer.state() | {"training": run.training_signature(), "fingerprint": images.fingerprint}
         checkpoint.save(state | {"seconds": before + time.perf_counter() - begin}, record.folder)
 
     try:
@@ -312,6 +270,7 @@ def fit(
             "Free some space and give the same command again"
         ) from error
     cast(LiquidDiffusionUNet, trainer.ema.net).save_pretrained(record.folder / "model")
+    record.trained()
     return trainer, images
 
 
@@ -335,7 +294,7 @@ class Log:
         return self.images // interval > (self.images - self.count) // interval or self.images >= self.total
 
     def flush(self) -> float | None:
-        """Write the mean loss since the last line. Raises NonFinite, before anything is saved, for what is no number."""
+        """Write the mean loss since the last line. Raises NonFinite, before anything is saved."""
         if not self.losses:
             return None
         loss = torch.stack(self.losses).mean().item()

@@ -76,10 +76,10 @@ class SpatialMix(nn.Module):
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
         n, mean = self.norm.with_mean(x_BCHW, temb_BD)
+        kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         if self.concat:
-            y = torch.cat([depthwise(n, s.weight, s.bias) for s in self.scales], dim=1)
+            y = torch.cat([depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)], dim=1)
         else:
-            kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
             y = depthwise(n, merge_kernels(list(kernels)), torch.stack(biases).sum(0))
         if self.pool is None:
             return self.out(F.silu(y))

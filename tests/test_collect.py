@@ -1,7 +1,8 @@
 """Collecting runs into results.csv, and MLflow rebuilt from run folders: a real SQLite store, no training."""
 
-import json
+import contextlib
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,14 +113,19 @@ def test_only_the_rooms_own_runs_count(out, tmp_path, capsys):
     assert "not finished: conv-" in said.err
 
 
-def test_a_run_older_than_a_new_key_still_counts(out, tmp_path):
+def test_a_run_older_than_a_new_key_still_counts(out, tmp_path, capsys):
     """Defaults fill what an old run.yaml does not say; its folder keeps the name that it ran under."""
     record = make(out)
     path = record.folder / "run.yaml"
-    path.write_text(path.read_text().replace("  wiring: dense\n", "").replace("    wiring: dense\n", ""))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "wiring:" not in line))
+    assert len(path.read_text().splitlines()) == len(lines) - 1
     record.folder.rename(out / "baseline-00000000-s0")
     rows = gather(runs.from_folders(out), tmp_path / "room")
     assert rows[0]["signature"] == "00000000"
+    make(out, seed=1)
+    gather(runs.from_folders(out), tmp_path / "room")
+    assert f"several signatures: baseline (00000000, {Run().signature()})" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_costs_only_itself(out, tmp_path, capsys):
@@ -209,38 +215,19 @@ def test_mlflow_is_rebuilt_from_folders_and_gives_the_same_csv(out, tmp_path, ca
     assert "1 are being written" in capsys.readouterr().out
     assert [run.info.status for run in mlflow_runs(uri)] == ["FINISHED"] * 3
 
-    # A deleted run comes back; so does a lost store.
+    # Runs that the store has lost come back, and so does one that was deleted.
     from mlflow import MlflowClient
 
-    client = MlflowClient(uri)
-    client.delete_run(mlflow_runs(uri)[0].info.run_id)
-    (out / f"{Record(Run(), out).folder.name}/metrics.jsonl").touch()
+    kept, lost, deleted = (run.info.run_id for run in mlflow_runs(uri))
+    MlflowClient(uri).delete_run(deleted)
+    with contextlib.closing(sqlite3.connect(out / "mlflow.db")) as database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"delete from {table} where run_uuid = ?", (lost,))
+        database.commit()
     assert sync.main([f"out={out}"]) == 0
-    assert len(mlflow_runs(uri)) == 4
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    assert sync.main([f"out={out}"]) == 0
-    moved = gather(runs.from_mlflow(f"sqlite:///{tmp_path}/other.db"), tmp_path / "moved")
-    assert moved == gather(runs.from_folders(out), tmp_path / "again")
-    state = json.loads((unfinished.folder / "mlflow.json").read_text())
-    assert state["uri"].endswith("other.db")
-
-
-def test_a_store_replaced_at_the_same_address_is_filled_again(out):
-    record = make(out)
-    uri = f"sqlite:///{out}/mlflow.db"
-    assert sync.main([f"out={out}"]) == 0
-    first = json.loads((record.folder / "mlflow.json").read_text())["run_id"]
-    import mlflow.store.tracking.sqlalchemy_store as store
-
-    database = out / "mlflow.db"
-    empty = out / "empty.db"
-    store.SqlAlchemyStore(f"sqlite:///{empty}", (out / "mlruns").as_uri()).engine.dispose()
-    database.unlink()
-    empty.rename(database)
-    assert sync.main([f"out={out}"]) == 0
-    second = json.loads((record.folder / "mlflow.json").read_text())["run_id"]
-    assert first != second
-    assert [run.run.arm for run in runs.from_mlflow(uri)] == ["baseline"]
+    ids = {run.info.run_id for run in mlflow_runs(uri)}
+    assert len(ids) == 4 and kept in ids and not {lost, deleted} & ids
+    assert gather(runs.from_mlflow(uri), tmp_path / "sql") == gather(runs.from_folders(out), tmp_path / "folders")
 
 
 def test_sync_without_a_store_fails_and_says_so(out, capsys, monkeypatch):

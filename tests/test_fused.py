@@ -176,7 +176,7 @@ def test_modes_of_torch(op):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = function(*args)
-            assert_equal(y if outputs == 2 else [y], want)
+            assert_equal(y if outputs == 2 else [y], want[:outputs])
     assert_equal(results(lambda *a: checkpoint(function, *a, use_reentrant=False), args, grads), want)
     with literal():
         composed = results(function, args, grads)
@@ -230,14 +230,14 @@ def test_empty_batch(op):
 
 @needs_compiler
 @each_op
-def test_no_more_is_saved_than_by_the_composition(op):
+def test_no_more_images_are_saved_than_by_the_composition(op):
     function, args, _ = make(op, 8, 32, 8, 8)
 
     def saved():
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.numel()}), lambda t: t):
             function(*(t.requires_grad_() for t in args))
-        return sum(sizes.values())
+        return sum(size for size in sizes.values() if size > 8 * 32)
 
     fast = saved()
     with literal():

@@ -1,6 +1,5 @@
 """Tables: from a synthetic results.csv to Markdown, LaTeX and verdicts, and back by --check."""
 
-import csv
 from pathlib import Path
 
 import numpy as np

@@ -1,0 +1,186 @@
+"""Every arm of every room: it is what its file says, it trains, it samples, it writes a row; and grids keep their word."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from analysis import metrics
+from experiments import compose, grid
+from experiments.room import ROOT, arm_files, load_experiment, rooms
+from experiments.run import main
+from liquiddiff import trainer
+from liquiddiff.config import BadInput, flatten
+from liquiddiff.data import to_uint8
+from liquiddiff.flow import initial_noise
+from liquiddiff.record import Record
+
+ARMS = arm_files()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_the_diff_that_its_file_says(arm):
+    text = ARMS[arm].read_text()
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert text.startswith("# "), "an arm begins with its reason"
+    assert len(lines) <= 6
+    run, baseline = (compose.plan(o)[1][0] for o in ([f"ablation={arm}"], []))
+    said = flatten(yaml.safe_load(text))
+    differing = {key: new for key, (_, new) in compose.diff(run, baseline).items()}
+    assert differing, "an arm that changes nothing would pass for a result"
+    assert differing.items() <= said.items()
+    assert {k: v for k, v in said.items() if flatten(baseline)[k] != v} == differing
+    assert run.signature() != baseline.signature()
+
+
+def test_arms_differ_from_each_other():
+    seen: dict[str, str] = {}
+    aliases = {frozenset({"cfc_alone", "no_spatial_mix"})}  # one question of two rooms
+    for arm in ARMS:
+        signature = compose.plan([f"ablation={arm}"])[1][0].signature()
+        assert signature not in seen or frozenset({arm, seen[signature]}) in aliases, (arm, seen[signature])
+        seen[signature] = arm
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_trains_samples_and_writes_a_row(arm, small, tmp_path):
+    quick = [o for o in small if not o.startswith(("optim.images", "eval.n", "optim.batch"))]
+    overrides = [*quick, f"ablation={arm}", "optim.images=32", "optim.batch=16", "eval.n=16", "eval.nfe=[6]"]
+    run = compose.plan([*overrides, "eval.extractor=pixel"])[1][0]
+    record = Record(run)
+    record.create()
+    fitted, images = trainer.fit(run, record)
+
+    def sample(start, count, nfe):
+        x, used = fitted.generate(initial_noise(0, start, count, run.image_shape), nfe, run.eval.solver, run.eval.shift)
+        return to_uint8(x), used
+
+    metrics.evaluate(run, images, sample, torch.device("cpu"), record.write)
+    (row,) = record.evaluations()
+    assert row["nfe"] <= 6 and row["fd"] > 0
+    assert [r["images"] for r in record.rows() if "loss" in r][-1] == 32
+    assert all(p.isfinite().all() for p in fitted.ema.net.parameters())
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_is_whole(room):
+    experiment = load_experiment(rooms()[room])
+    assert (ROOT / room / "README.md").exists()
+    assert experiment.arms[0] == "baseline"
+    mine = {arm for arm, path in ARMS.items() if path.parent.name == room}
+    assert mine <= set(experiment.arms), f"{mine - set(experiment.arms)} are in the folder but not in experiment.yaml"
+
+
+def test_an_arm_of_one_s_own_takes_one_file(tmp_path, monkeypatch):
+    room = tmp_path / "mine"
+    room.mkdir()
+    (room / "wide_ffn.yaml").write_text("# A wider feed-forward.\nmodel:\n  ffn_ratio: 2.0\n")
+    (room / "experiment.yaml").write_text(
+        "question: q\nexpectation: e\narms: [baseline, wide_ffn]\nseeds: [0, 1]\nmetric: fd\nnfe: 2\nmargin: 0.1\n"
+    )
+    monkeypatch.setattr(compose, "arms", lambda: arm_files(tmp_path))
+    monkeypatch.setattr(compose, "rooms", lambda: rooms(tmp_path))
+    runs = compose.plan(["experiment=mine"])[1]
+    assert [(run.arm, run.seed, run.model.ffn_ratio) for run in runs] == [
+        ("baseline", 0, 1.0),
+        ("baseline", 1, 1.0),
+        ("wide_ffn", 0, 2.0),
+        ("wide_ffn", 1, 2.0),
+    ]
+    (room / "other.yaml").write_text("# x\n")
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "other.yaml").write_text("# x\n")
+    with pytest.raises(BadInput, match="two arms are named other"):
+        arm_files(tmp_path)
+
+
+def test_every_room_at_once_runs_shared_arms_once():
+    runs = compose.plan(["experiment=all"])[1]
+    names = [run.name for run in runs]
+    assert len(names) == len(set(names))
+    assert sum(run.arm == "baseline" for run in runs) == len({run.seed for run in runs if run.arm == "baseline"})
+
+
+def test_a_grid_survives_a_failing_run_skips_and_resumes(small, tmp_path, capsys):
+    overrides = [*small, "optim.images=96", "ablation=no_relaxation,conv", "seed=0,1", "jobs=2"]
+    runs = compose.plan(overrides)[1]
+    assert len(runs) == 4
+    broken = Record(runs[1])
+    broken.create()
+    (broken.folder / "checkpoint.pt").write_bytes(b"damaged")
+    assert main(overrides) == 1
+    said = capsys.readouterr()
+    assert f"failed: {broken.folder.name}: Damaged" in said.err
+    assert "3 of 4 runs done" in said.out
+    assert sum(Record(run).done for run in runs) == 3
+    (broken.folder / "checkpoint.pt").unlink()
+    stamps = [(Record(run).folder / "done").stat().st_mtime_ns for run in runs if Record(run).done]
+    assert main([*overrides, "dry=true"]) == 0
+    plan = capsys.readouterr().out
+    assert "4 runs, 3 done" in plan
+    assert main(overrides) == 0
+    assert "4 runs, 3 done already" in capsys.readouterr().out
+    assert all(Record(run).done for run in runs)
+    kept = [(Record(run).folder / "done").stat().st_mtime_ns for run in runs if run != runs[1]]
+    assert stamps == kept
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_grid_resumable(small, tmp_path):
+    command = [sys.executable, str(Path(__file__).parents[1] / "experiments" / "run.py"), *small]
+    command += ["optim.images=64000", "seed=0,1", "jobs=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    for folder in (tmp_path / "runs").glob("*-s?"):
+        images = [json.loads(line).get("images", 0) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        record = Record(compose.plan([*small, "optim.images=64000", f"seed={folder.name[-1]}"])[1][0])
+        assert record.folder == folder
+        assert trainer.checkpoint.load(folder)["images"] == max(images) > 0
+        assert grid.state_of(record)[0] == "part"
+
+
+def test_a_worker_that_dies_costs_its_run_only(small, monkeypatch, capsys):
+    # The process of the first run kills itself; the second run must still be done, by a fresh process.
+    monkeypatch.setattr(grid, "work", dying_worker)
+    assert main([*small, "optim.images=96", "seed=0,1"]) == 1
+    said = capsys.readouterr()
+    assert "its process died" in said.err
+    assert "1 of 2 runs done" in said.out
+
+
+REAL_WORK = grid.work
+
+
+def dying_worker(pipe):
+    """Stands in for `grid.work` in a worker process; it dies of seed 0."""
+
+    class Pipe:
+        def recv(self):
+            run = pipe.recv()
+            if run is not None and run.seed == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return run
+
+        def send(self, message):
+            pipe.send(message)
+
+    REAL_WORK(Pipe())
+
+
+def test_threads_are_shared_out_but_are_not_part_of_a_run(small):
+    run = compose.plan(small)[1][0]
+    assert grid.record_with(Record(run), 7).folder == Record(run).folder
+    assert asdict(grid.record_with(Record(run), 7).run)["threads"] == 7
