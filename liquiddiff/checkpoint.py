@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from liquiddiff.config import BadInput
+
 DIGEST = 64  # hex characters of SHA-256 that precede the payload
 
 
-class Damaged(Exception):
+class Damaged(BadInput):
     """No checkpoint in the folder can be read."""
 
 

@@ -71,9 +71,9 @@ class Flow:
 class Optim:
     """AdamW, linear warm-up, cosine decay to zero."""
 
-    images: int = 150_000  # training budget
+    images: int = 100_000  # training budget
     batch: int = 128
-    lr: float = 2e-3
+    lr: float = 4e-3
     warmup: int = 10_000  # images
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
@@ -95,7 +95,7 @@ class Eval:
     extractor: str = "digits"
     batch: int = 256  # any value gives the same images
     val_n: int = 512  # fixed (image, t, noise) triples behind val_loss
-    val_every: int = 15_000  # images
+    val_every: int = 20_000  # images
     weights: str | None = None  # a file of the extractor's weights
 
 
@@ -111,7 +111,7 @@ class Run:
     flow: Flow = field(default_factory=Flow)
     optim: Optim = field(default_factory=Optim)
     eval: Eval = field(default_factory=Eval)
-    checkpoint_every: int = 30_000  # images; at most this many are lost when a machine dies
+    checkpoint_every: int = 25_000  # images; at most this many are lost when a machine dies
     out: str = "runs"  # run folders and mlflow.db
     cache: str = "~/.cache/liquiddiff"  # decoded images, reference features
     device: str = "auto"

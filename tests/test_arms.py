@@ -1,4 +1,4 @@
-"""Every arm of every room: it is what its file says, it trains, it samples, it writes a row; and grids keep their word."""
+"""Every arm of every room is what its file says, trains, samples and writes a row; grids keep their word."""
 
 import json
 import os
@@ -91,8 +91,8 @@ def test_an_arm_of_one_s_own_takes_one_file(tmp_path, monkeypatch):
     runs = compose.plan(["experiment=mine"])[1]
     assert [(run.arm, run.seed, run.model.ffn_ratio) for run in runs] == [
         ("baseline", 0, 1.0),
-        ("baseline", 1, 1.0),
         ("wide_ffn", 0, 2.0),
+        ("baseline", 1, 1.0),
         ("wide_ffn", 1, 2.0),
     ]
     (room / "other.yaml").write_text("# x\n")
