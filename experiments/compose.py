@@ -65,6 +65,8 @@ def check_overrides(overrides: list[str]) -> dict[str, str]:
         raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value") from error
     chosen = {}
     keys = {**flatten(Launch()), **groups()}
+    for label in ("arm", "model.size"):  # set by ablation= and model=; alone they would only rename the baseline
+        del keys[label]
     for override in parsed:
         key, value = override.key_or_group, override.value()
         choose("key", key, keys)

@@ -18,12 +18,14 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.compose import Launch
-from liquiddiff.config import Run
+from liquiddiff.config import BadInput, Run
 from liquiddiff.record import Record, set_aside
 
 
 def run_grid(launch: Launch, runs: list[Run]) -> int:
     """Run what is not done. Returns the exit status; raises KeyboardInterrupt once every worker has saved."""
+    if launch.jobs < 1:
+        raise BadInput(f"jobs={launch.jobs} must be positive")
     records = [Record(run) for run in runs]
     if launch.dry:
         show_plan(records)
@@ -33,9 +35,12 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
             set_aside(record)
     todo = [record for record in records if not record.done]
     print(f"{len(records)} runs, {len(records) - len(todo)} done already, {launch.jobs} at a time", flush=True)
-    threads = launch.threads or max(1, (os.cpu_count() or 1) // launch.jobs)
-    todo = [record_with(record, threads) for record in todo]
-    failed = Pool(todo, launch.jobs).run() if todo else []
+    failed: list[tuple[Record, str]] = []
+    if todo:
+        from liquiddiff.device import cores  # late, as it imports torch: a finished grid has nothing to wait for
+
+        threads = launch.threads or max(1, cores() // launch.jobs)
+        failed = Pool([record_with(record, threads) for record in todo], launch.jobs).run()
     for record, reason in failed:
         print(f"failed: {record.folder.name}: {reason} (its log: {record.folder / 'log.txt'})", file=sys.stderr)
     print(f"{len(records) - len(failed)} of {len(records)} runs done; runs are in {records[0].out}")
@@ -116,7 +121,8 @@ class Pool:
         if self.queue:
             record = self.queue.pop(0)
             self.busy[pipe] = (process, record, time.monotonic())
-            pipe.send(record.run)
+            with contextlib.suppress(OSError):  # a dead worker is met in `listen`
+                pipe.send(record.run)
         else:
             self.busy.pop(pipe, None)
             pipe.send(None)
@@ -141,7 +147,7 @@ class Pool:
         process, record, begin = self.busy[pipe]
         try:
             message = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             process.join()
             del self.busy[pipe]
             self.finished(record, f"its process died (exit code {process.exitcode})", begin)
@@ -169,7 +175,7 @@ class Pool:
         """Ctrl-C: every worker saves its checkpoint."""
         for process, _, _ in self.busy.values():
             with contextlib.suppress(ProcessLookupError, TypeError):
-                os.kill(process.pid, signal.SIGINT)
+                os.kill(process.pid, signal.SIGTERM)
         for process, _, _ in self.busy.values():
             process.join()
 
@@ -178,6 +184,8 @@ def work(pipe: Connection) -> None:
     """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt."""
     from experiments.run import compute
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches every process; one signal is enough
     while True:
         try:
             run = pipe.recv()
@@ -193,7 +201,8 @@ def work(pipe: Connection) -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
-            if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None):
+            # Another worker may hold it for a moment, as the teacher of a reflow run.
+            if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None, wait=True):
                 reason = "see its log"
         except KeyboardInterrupt:
             return

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         launch, runs = compose.plan(overrides)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite stop is an interrupt too
         if len(runs) > 1 or launch.experiment:
             from experiments.grid import run_grid
 
@@ -44,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         return run_one(launch, runs[0], overrides)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, above all
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}: nothing is lost; mend it and give the same command again",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
@@ -68,6 +74,8 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
 
     record = Record(run)
     if record.done and not launch.dry and not launch.force:
+        if run.data.path:
+            check_same_images(run, record)
         print(f"already done: {record.folder} (force=true starts again)")
         screen.results(record)
         return 0
@@ -90,12 +98,28 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
     return status
 
 
+def check_same_images(run: Run, record: "Record") -> None:
+    """A path is not part of a signature: raises BadInput where a finished run is of other images than the path's."""
+    from liquiddiff.data import open_data
+
+    mine, theirs = open_data(run.data, run.cache).fingerprint, record.env().get("data_fingerprint")
+    if mine != theirs:
+        raise BadInput(
+            f"{record.folder} is of other images (fingerprint {theirs}, data.path has {mine}); give another out=DIR"
+        )
+
+
 def compute(
-    run: Run, record: "Record", training: Callable[[int, float | None], None], sampling: Callable[[int], None]
+    run: Run,
+    record: "Record",
+    training: Callable[[int, float | None], None],
+    sampling: Callable[[int], None],
+    wait: bool = False,
 ) -> int:
     """Train, sample, measure, plot, record; returns the exit status.
 
-    `training(images, loss)` and `sampling(evaluations)` are told of progress. Raises BadInput and KeyboardInterrupt.
+    `training(images, loss)` and `sampling(evaluations)` are told of progress. A run that another process holds is
+    refused, or with `wait` waited for. Raises BadInput and KeyboardInterrupt.
     """
     import torch
 
@@ -105,13 +129,15 @@ def compute(
     from liquiddiff.flow import initial_noise
     from liquiddiff.record import mirror_to_mlflow
 
-    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(run.threads or device.cores())
     torch.backends.cudnn.deterministic = True
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite stop is an interrupt too
     tags = {"arm": run.arm, "tier": run.tier, "room": compose.room_of(run.arm), "signature": run.signature()}
-    begin = time.perf_counter()
     record.create()
-    with record.lock():
+    with record.lock(wait):
+        if record.done:  # by another process, since this one looked
+            return 0
+        record.describe()
+        device.reset_peak(device.resolve_device(run.device))
         metrics.check_count(run.eval.n, len(open_data(run.data, run.cache).images_NCHW))
         missing = None
         try:
@@ -119,11 +145,8 @@ def compute(
         except metrics.MissingWeights as error:
             missing = error
             print(f"note: {error}\nnote: training goes on; the same command with the weights will only evaluate")
-        try:
-            fitted, images = trainer.fit(run, record, training, lambda: mirror_to_mlflow(record, tags))
-        except trainer.NonFinite as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        fitted, images = trainer.fit(run, record, training, lambda: mirror_to_mlflow(record, tags))
+        begin = time.perf_counter()
 
         sheet: list[Tensor] = []  # the first samples at the last NFE
 
@@ -140,14 +163,15 @@ def compute(
         else:
             metrics.evaluate(run, images, sample, fitted.device, record.write)
             extractor = metrics.load_extractor(run.eval.extractor, run.eval.weights, fitted.device)
-            record.write({"floor": True} | metrics.floor(extractor, images, run.eval.n, run.cache))
+            protocol = {"extractor": extractor.name, "weights": extractor.weights_hash}
+            record.write({"floor": True} | protocol | metrics.floor(extractor, images, run.eval.n, run.cache))
             plots.nfe_curve(record.rows(), record.folder / "nfe.png")
         plots.sample_sheet(sheet[0], record.folder / "samples.png")
         plots.loss_curve(record.rows(), record.folder / "loss.png")
         if missing:
             print(f"error: {missing} Everything else is in {record.folder}", file=sys.stderr)
             return 2
-        record.finish(seconds=time.perf_counter() - begin, peak_mib=device.peak_mib(fitted.device))
+        record.finish(seconds=fitted.seconds + time.perf_counter() - begin, peak_mib=device.peak_mib(fitted.device))
         mirror_to_mlflow(record, tags, artifacts=True)
     return 0
 

@@ -8,6 +8,7 @@ method `extra_macs(H, W)`, for one image. A module of which some weights are hel
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from liquiddiff import peers
 from liquiddiff.config import BadInput, Mixer, Model, choose
 from liquiddiff.mixers import MIXERS, Slot
 from liquiddiff.unet import LiquidDiffusionUNet
@@ -123,10 +125,30 @@ def hidden_widths(model: Model, resolution: int) -> list[int]:
     return widths
 
 
-def build(model: Model, image_shape: tuple[int, int, int]) -> LiquidDiffusionUNet:
-    """The network of a run, its mixers at their matched widths."""
+Network = LiquidDiffusionUNet | peers.Peer
+Shape = tuple[int, int, int]
+
+
+def _liquid(model: Model, image_shape: Shape) -> LiquidDiffusionUNet:
     channels, resolution, _ = image_shape
     return LiquidDiffusionUNet(model, hidden_widths(model, resolution), channels, resolution)
+
+
+def _baseline_params(model: Model, image_shape: Shape) -> int:
+    with torch.device("meta"):
+        return parameters(_liquid(baseline(model), image_shape))
+
+
+NETWORKS: dict[str, Callable[[Model, Shape], Network]] = {
+    "liquid": _liquid,
+    "ddpm_unet": lambda model, shape: peers.ddpm_unet(model, shape, _baseline_params(model, shape)),
+    "dit": lambda model, shape: peers.dit(model, shape, _baseline_params(model, shape)),
+}
+
+
+def build(model: Model, image_shape: Shape) -> Network:
+    """The network of a run: its mixers at their matched widths, or a peer at the baseline's parameters."""
+    return NETWORKS[choose("network", model.network, NETWORKS)](model, image_shape)
 
 
 def meta_cost(model: Model, image_shape: tuple[int, int, int]) -> Cost:

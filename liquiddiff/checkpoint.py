@@ -56,13 +56,6 @@ def load(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -6,6 +6,7 @@ steps; batch sizes are global.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -123,7 +124,7 @@ class Run:
 
     def training_signature(self) -> str:
         """As `signature`, of what training alone depends on: runs that share it share their weights."""
-        return _digest({k: v for k, v in self._signed().items() if not k.startswith("eval.")})
+        return _digest({k: v for k, v in self._signed().items() if not k.startswith("eval.") or "val_" in k})
 
     def _signed(self) -> dict[str, Any]:
         return {key: value for key, value in flatten(self).items() if key not in UNSIGNED}
@@ -199,9 +200,9 @@ def check(run: Run) -> None:
     flat = flatten(run)
     for key in (
         "optim.images optim.batch optim.lr optim.ema eval.n eval.batch eval.val_n eval.val_every "
-        "data.resolution checkpoint_every"
+        "data.resolution checkpoint_every model.ffn_ratio model.mixer.expansion eval.shift"
     ).split():
-        if not flat[key] > 0:
+        if not 0 < flat[key] < math.inf:
             raise BadInput(f"{key}={flat[key]} must be positive")
     for key in ("optim.warmup", "optim.clip", "optim.weight_decay", "threads", "seed"):
         if flat[key] < 0:
@@ -220,5 +221,17 @@ def check(run: Run) -> None:
         raise BadInput(
             f"eval.extractor=digits reads 8x8 digits, not {run.data.name}: eval.extractor=effnet_lite0 or inception"
         )
+    if any(c < 8 or c % 8 for c in run.model.channels) or min(run.model.blocks) < 1:
+        raise BadInput(
+            f"model.channels={run.model.channels} must be multiples of 8 and model.blocks={run.model.blocks} positive"
+        )
+    if any(k < 1 or k % 2 == 0 for k in run.model.mix_kernels):
+        raise BadInput(f"model.mix_kernels={run.model.mix_kernels} must be odd")
+    if run.model.time_dim < 0 or run.model.time_dim % 2:
+        raise BadInput(f"model.time_dim={run.model.time_dim} must be even, or 0 for channels[0]")
+    if len(run.optim.betas) != 2 or not all(0 <= b < 1 for b in run.optim.betas):
+        raise BadInput(f"optim.betas={run.optim.betas} must be two numbers from 0 up to 1")
+    if run.eval.extractor == "digits" and (run.data.resolution, run.data.channels) != (8, 1):
+        raise BadInput("eval.extractor=digits reads 8x8 grey images only; give eval.extractor=pixel or effnet_lite0")
     choose("precision", run.optim.precision, ("auto", "fp32", "bf16", "fp16"))
     choose("match", run.model.mixer.match, ("params", "macs", "both", "none"))

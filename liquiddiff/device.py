@@ -1,10 +1,14 @@
 """What the machine is and how to be good to it."""
 
 import ctypes
+import os
 import platform
 import resource
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -43,11 +47,48 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its upper limit
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_mib` start again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_mib(device: torch.device) -> float:
-    """Most memory in use so far: the GPU's allocations, or the process's resident set."""
+    """Most memory in use since `reset_peak`: the GPU's allocations, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        return (
+            int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def cores() -> int:
+    """CPUs that this process may use; a scheduler's share is smaller than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only add to the list that this yields, so that a step is never torn in two.
+
+    Off the main thread, and for a signal that is ignored, nothing changes.
+    """
+    seen: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, lambda received, frame: seen.append(received))
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -68,6 +68,9 @@ def draw(seed: int, start: int, count: int, shape: tuple[int, ...], times: str =
     return noise, TIMES[times](u)
 
 
-def initial_noise(seed: int, start: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise of samples start, start + 1, ...: sample k starts the same in every arm and at any batch size."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, "sample", start + k)) for k in range(count)])
+def initial_noise(seed: int, start: int, count: int, shape: tuple[int, ...], stream: str = "sample") -> Tensor:
+    """Noise of samples start, start + 1, ...: sample k starts the same in every arm and at any batch size.
+
+    `stream` keeps apart what the noise is for: evaluation's is never trained on.
+    """
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream, start + k)) for k in range(count)])

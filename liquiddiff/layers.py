@@ -138,4 +138,4 @@ def peer(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise BadInput(f"this mixer needs the package {package}: pip install 'liquiddiff[peers]'") from error
+        raise BadInput(f"this arm needs the package {package}: pip install 'liquiddiff[peers]'") from error

@@ -22,11 +22,23 @@ from typing import Any
 
 import yaml
 
-from liquiddiff.checkpoint import write_atomic
 from liquiddiff.config import BadInput, Run, flatten, from_dict
 
 PACKAGES = "torch torchvision torch-fidelity numpy datasets mlflow hydra-core liquiddiff".split()
 FACTS = "commit dirty device precision data_fingerprint started params macs seconds peak_mib".split()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Record:
@@ -36,6 +48,7 @@ class Record:
         self.run = run
         self.out = Path(out or run.out).expanduser()
         self.folder = self.out / run.name
+        self.mlflow_failed = False
 
     def tracking_uri(self) -> str:
         """MLFLOW_TRACKING_URI, or a SQLite file beside the run folders."""
@@ -47,34 +60,43 @@ class Record:
         return (self.folder / "done").exists()
 
     def create(self) -> None:
-        """Make the folder and write run.yaml. Raises BadInput where that cannot be."""
+        """Make the folder. Raises BadInput where that cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "run.yaml", yaml.safe_dump(asdict(self.run), sort_keys=False))
+            (self.folder / "lock").touch()
         except OSError as error:
             raise BadInput(
                 f"cannot write to {self.folder}: {error.strerror}. Choose another place with out=DIR"
             ) from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for this process. The kernel drops the lock with the process, however it ends."""
+    def lock(self, wait: bool = False) -> Iterator[None]:
+        """Hold the run for this process. The kernel drops the lock with the process, however it ends.
+
+        Raises BadInput where another holds it, or with `wait` waits until it does not.
+        """
         with open(self.folder / "lock", "a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 raise BadInput(
                     f"{self.folder} is being written by another process; wait for it, or use another out="
                 ) from error
             yield
 
+    def describe(self) -> None:
+        """Write run.yaml. The caller holds the lock."""
+        write_atomic(self.folder / "run.yaml", yaml.safe_dump(asdict(self.run), sort_keys=False))
+
     def provenance(self, device: str, precision: str, fingerprint: str, **more: Any) -> None:
         """Write env.json: where, with what and on which data this run was computed."""
         root = Path(__file__).resolve().parents[1]
 
         def git(*command: str) -> str:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
-            return done.stdout.strip() if done.returncode == 0 else ""
+            with contextlib.suppress(FileNotFoundError):  # no git on the machine
+                done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+                return done.stdout.strip() if done.returncode == 0 else ""
+            return ""
 
         diff = git("diff", "HEAD")
         if diff:
@@ -124,17 +146,24 @@ class Record:
         write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def trained(self) -> None:
-        """Note where the weights of this training configuration and seed are, for `twin`."""
+        """Note where the weights of this training configuration and seed are, for `weights`."""
+        if not (self.folder / "checkpoint.pt").exists():  # a twin, which only evaluates another's
+            return
         self._index().parent.mkdir(exist_ok=True)
         write_atomic(self._index(), self.folder.name)
 
-    def twin(self) -> "Record | None":
+    def weights(self) -> "Record | None":
         """A run under the same `out` with the same training configuration and seed that is trained."""
         if not self._index().exists():
             return None
         folder = self.out / self._index().read_text()
         found = Record(read_run(folder), self.out) if (folder / "checkpoint.pt").exists() else None
-        return found if found and found.folder == folder and found.folder != self.folder else None
+        return found if found and found.folder == folder else None
+
+    def twin(self) -> "Record | None":
+        """As `weights`, but another run than this."""
+        found = self.weights()
+        return found if found and found.folder != self.folder else None
 
     def _index(self) -> Path:
         return self.out / ".trained" / f"{self.run.training_signature()}-s{self.run.seed}"
@@ -159,12 +188,14 @@ class Record:
 
 
 def set_aside(record: Record) -> None:
-    """force=true: rename an old folder, never delete it."""
+    """force=true: rename an old folder, never delete it. Raises BadInput where another process holds the run."""
+    record._index().unlink(missing_ok=True)  # its weights are not to be had again by way of `twin`
     if record.folder.exists():
-        k = 1
-        while (aside := record.folder.with_name(f"{record.folder.name}.old{k}")).exists():
-            k += 1
-        os.rename(record.folder, aside)
+        with record.lock():
+            k = 1
+            while (aside := record.folder.with_name(f"{record.folder.name}.old{k}")).exists():
+                k += 1
+            os.rename(record.folder, aside)
         print(f"kept the old run as {aside}")
 
 
@@ -182,14 +213,22 @@ def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = Fal
     Returns False, after one line on stderr, where MLflow cannot be reached: no run fails for that, and
     `python -m analysis.sync` makes up for it.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for key, value in (
+        ("DISABLE_TELEMETRY", "true"),
+        ("HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("HTTP_REQUEST_TIMEOUT", "10"),
+    ):
+        os.environ.setdefault(f"MLFLOW_{key}", value)
     uri = record.tracking_uri()
+    if record.mlflow_failed and not record.done:  # a dead server costs its timeout once, not at every checkpoint
+        return False
     try:
         # Four processes that create a fresh database at once all crash, so the first call of each waits its turn.
         with open(record.out / "mlflow.lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             _mirror(record, tags, artifacts, uri)
     except Exception as error:  # whatever a tracking server can throw must not cost the run
+        record.mlflow_failed = True
         line = str(error).strip().splitlines()[:1] or [type(error).__name__]
         print(f"MLflow at {uri} was not updated ({line[0][:160]}); the run folder has everything", file=sys.stderr)
         return False
@@ -213,6 +252,7 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=location)
         made = client.create_run(experiment, run_name=f"{record.run.arm}-s{record.run.seed}", tags=tags)
         state = {"uri": uri, "run_id": made.info.run_id, "lines": 0}
+        write_atomic(state_path, json.dumps(state) + "\n")  # at once: a kill must not leave a second run behind
         params = [mlflow.entities.Param(k, str(v)) for k, v in flatten(record.run).items()]
         for k in range(0, len(params), 100):
             client.log_batch(state["run_id"], params=params[k : k + 100])
@@ -220,7 +260,7 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
     now = int(1000 * time.time())
     points = [
         mlflow.entities.Metric(name, float(value), now, step)
-        for row in rows[state["lines"] :]
+        for row in rows[min(state["lines"], len(rows)) :]
         for name, value, step in _points(row)
     ]
     for k in range(0, len(points), 1000):

@@ -36,8 +36,8 @@ class Relaxation(nn.Module):
 
     def forward(self, input_BCHW: Tensor, mixed_BCHW: Tensor, t_B: Tensor, temb_BD: Tensor) -> Tensor:
         """Alpha * input + (1 - alpha) * mixed."""
-        alpha = self.alpha(t_B, temb_BD).to(mixed_BCHW.dtype)
-        return torch.lerp(mixed_BCHW, input_BCHW.to(mixed_BCHW.dtype), alpha)
+        alpha = self.alpha(t_B, temb_BD)  # in float32: bfloat16 would round 1 - alpha by up to 9 %
+        return torch.lerp(mixed_BCHW.float(), input_BCHW.float(), alpha).to(mixed_BCHW.dtype)
 
 
 class Liquid(Relaxation):

@@ -3,29 +3,29 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from liquiddiff import budget, checkpoint, flow
+from liquiddiff import budget, checkpoint, flow, reflow
 from liquiddiff.config import BadInput, Flow, Optim, Run, choose
 from liquiddiff.data import ImageData, open_data
-from liquiddiff.device import device_name, keep_freed_memory, resolve_device, resolve_precision
+from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device, resolve_precision
 from liquiddiff.ema import EMA
 from liquiddiff.record import Record
 from liquiddiff.seeding import initialise
 from liquiddiff.solvers import TABLEAUX, integrate
-from liquiddiff.unet import LiquidDiffusionUNet
 
 VAL_BINS = 4  # val_loss is also given for each quarter of t
 
 
-class NonFinite(RuntimeError):
-    """The loss is no longer a number."""
+class NonFinite(BadInput):
+    """The loss, or a weight, is no longer a number."""
 
 
 class RectifiedFlowTrainer:
@@ -46,7 +46,7 @@ class RectifiedFlowTrainer:
     ):
         self.device = torch.device(device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.seed, self.flow, self.images = seed, flow or Flow(), 0
+        self.seed, self.flow, self.images, self.seconds = seed, flow or Flow(), 0, 0.0
         self.optim = optim or Optim(lr=lr, warmup=0)
         self.budget = self.optim.images if optim else None
         self.precision = resolve_precision(self.optim.precision, self.device)
@@ -81,7 +81,8 @@ class RectifiedFlowTrainer:
         """One update on images in [-1, 1]. Returns {"loss": 0-d tensor, "lr": float}; nothing waits for the device."""
         count = len(images_BCHW)
         if noise_BCHW is None or t_B is None:
-            noise_BCHW, t_B = flow.draw(self.seed, self.images, count, tuple(images_BCHW.shape[1:]), self.flow.times)
+            noise, t = flow.draw(self.seed, self.images, count, tuple(images_BCHW.shape[1:]), self.flow.times)
+            noise_BCHW, t_B = noise if noise_BCHW is None else noise_BCHW, t if t_B is None else t_B
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -100,6 +101,8 @@ class RectifiedFlowTrainer:
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Per-image loss, (B,), in float32."""
+        if self.device.type == "cuda":  # only from pinned memory do copies run beside the computation
+            x, noise, t = (v.pin_memory() if v.device.type == "cpu" else v for v in (x, noise, t))
         x, noise, t = (v.to(self.device, non_blocking=True) for v in (x, noise, t))
         target, _ = flow.PREDICTIONS[self.flow.prediction]
         with self.autocast():
@@ -130,6 +133,11 @@ class RectifiedFlowTrainer:
     def generate(self, noise_BCHW: Tensor, nfe: int, solver: str, shift: float = 1.0) -> tuple[Tensor, int]:
         """Images from given noise, and the evaluations used."""
         return integrate(self.velocity, noise_BCHW.to(self.device), nfe, solver, shift)
+
+    def check_finite(self) -> None:
+        """Raises NonFinite where a weight is no number: an infinite gradient can spoil them under a finite loss."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise NonFinite(f"a weight became infinite by {self.images} images; the last good checkpoint is kept")
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -183,20 +191,25 @@ def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> 
     A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
     Raises BadInput for a checkpoint of another configuration or other data.
     """
+    mine = {"training": record.run.training_signature(), "fingerprint": fingerprint, "precision": trainer.precision}
     state, source = checkpoint.load(record.folder), record
     if state is None and (twin := record.twin()):
-        state, source = checkpoint.load(twin.folder), twin
+        with suppress(checkpoint.Damaged):
+            found = checkpoint.load(twin.folder)
+            if found and found["images"] == record.run.optim.images and all(found[k] == v for k, v in mine.items()):
+                state, source = found, twin
     if state is None:
         record.rewind(-1)
         return 0.0
-    for key, mine in (("training", record.run.training_signature()), ("fingerprint", fingerprint)):
-        if state[key] != mine:
+    for key, value in mine.items():
+        if state[key] != value:
             raise BadInput(
-                f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {mine}; "
+                f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {value}; "
                 "give another out=DIR, or force=true to start again (the old folder is kept)"
             )
     trainer.load_state(state)
-    record.rewind(trainer.images, source)
+    if not record.done:
+        record.rewind(trainer.images, source)
     return state["seconds"]
 
 
@@ -209,6 +222,7 @@ def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer
     record = Record(run, out)
     record.create()
     with record.lock():
+        record.describe()
         return fit(run, record)
 
 
@@ -221,7 +235,7 @@ def fit(
     """The loop: batch, path, loss, update, EMA, record. The caller holds the record's lock.
 
     Calls `progress(images, loss)` after every step, with a loss only where it was read from the device. Raises
-    BadInput, NonFinite, or KeyboardInterrupt once a checkpoint is written.
+    BadInput, NonFinite, or KeyboardInterrupt once a checkpoint is written: a signal waits for the end of the step.
     """
     device = resolve_device(run.device)
     keep_freed_memory()
@@ -235,7 +249,13 @@ def fit(
         )
     images = open_data(run.data, run.cache)
     trainer = prepare(run, device)
-    before = restore(trainer, record, images.fingerprint)
+    before = trainer.seconds = restore(trainer, record, images.fingerprint)
+    pairs = reflow.open_pairs(run, record, images.fingerprint) if run.flow.reflow else None
+
+    def batch(start: int, count: int) -> tuple[Tensor, ...]:
+        """Images, and with reflow their noise and t; else train_step draws them."""
+        return pairs.batch(start, count) if pairs else (images.batch(run.seed, start, count),)
+
     size = budget.meta_cost(run.model, run.image_shape)
     record.provenance(
         device_name(device), trainer.precision, images.fingerprint, images=len(images.images_NCHW), **asdict(size)
@@ -245,31 +265,33 @@ def fit(
     begin = time.perf_counter()
 
     def save() -> None:
+        trainer.check_finite()
+        trainer.seconds = before + time.perf_counter() - begin
         state = trainer.state() | {"training": run.training_signature(), "fingerprint": images.fingerprint}
-        checkpoint.save(state | {"seconds": before + time.perf_counter() - begin}, record.folder)
+        checkpoint.save(state | {"precision": trainer.precision, "seconds": trainer.seconds}, record.folder)
 
-    try:
+    if trainer.images and not (record.folder / "checkpoint.pt").exists():
+        save()  # weights that another run trained are this run's own from here on
+    with deferred_interrupt() as interrupted:
         while trainer.images < run.optim.images:
             count = min(run.optim.batch, run.optim.images - trainer.images)
-            log.step(trainer.images, trainer.train_step(images.batch(run.seed, trainer.images, count)), count)
-            at_checkpoint = log.crosses(run.checkpoint_every)
-            loss = log.flush() if at_checkpoint or log.crosses(log.every) else None
-            if log.crosses(run.eval.val_every):
-                record.write({"images": trainer.images} | validate(trainer, images, run.eval.val_n, run.eval.batch))
-            if at_checkpoint:
+            log.step(trainer.images, trainer.train_step(*batch(trainer.images, count)), count)
+            at_val, at_checkpoint = log.crosses(run.eval.val_every), log.crosses(run.checkpoint_every)
+            loss = None
+            if at_val or at_checkpoint or log.crosses(log.every) or interrupted:
+                val = validate(trainer, images, run.eval.val_n, run.eval.batch) if at_val else {}
+                loss = log.flush(val)
+            if at_checkpoint or interrupted:
                 save()
                 on_checkpoint()
             progress(trainer.images, loss)
-    except KeyboardInterrupt:
-        log.flush()  # raises NonFinite rather than let a broken state be saved
-        save()
-        raise
-    except OSError as error:
-        raise BadInput(
-            f"cannot write to {record.folder}: {error.strerror}; the last checkpoint is kept. "
-            "Free some space and give the same command again"
-        ) from error
-    cast(LiquidDiffusionUNet, trainer.ema.net).save_pretrained(record.folder / "model")
+            if interrupted:
+                raise KeyboardInterrupt
+    trainer.check_finite()
+    cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
+    if pairs:
+        mine = reflow.straightness_of(trainer, run)
+        record.write({"straightness": mine, "teacher_straightness": pairs.straightness})
     record.trained()
     return trainer, images
 
@@ -293,18 +315,18 @@ class Log:
         """The last step reached a multiple of `interval`, or the end."""
         return self.images // interval > (self.images - self.count) // interval or self.images >= self.total
 
-    def flush(self) -> float | None:
-        """Write the mean loss since the last line. Raises NonFinite, before anything is saved."""
-        if not self.losses:
-            return None
-        loss = torch.stack(self.losses).mean().item()
+    def flush(self, more: dict[str, float]) -> float:
+        """Write the mean loss since the last line, and `more`. Raises NonFinite, before anything is saved."""
+        losses = torch.stack(self.losses)
+        loss = losses.mean().item()
         if not math.isfinite(loss):
+            steps = len(losses) - int(losses.isfinite().logical_not().nonzero()[0]) - 1
             raise NonFinite(
-                f"the loss became {loss} at {self.images} images; the last good checkpoint is kept in "
-                f"{self.record.folder}. Try a lower optim.lr, or optim.precision=fp32"
+                f"the loss became {loss} at {self.images - steps * self.count} images; the last good checkpoint is "
+                f"kept in {self.record.folder}. Try a lower optim.lr, or optim.precision=fp32"
             )
         (images, begin), now = self.since, time.perf_counter()
         rate = round((self.images - images) / (now - begin), 1)
-        self.record.write({"images": self.images, "loss": loss, "lr": self.lr, "images_per_second": rate})
+        self.record.write({"images": self.images, "loss": loss, "lr": self.lr, "images_per_second": rate} | more)
         self.losses, self.since = [], (self.images, now)
         return loss

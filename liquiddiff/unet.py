@@ -191,8 +191,9 @@ class LiquidDiffusionUNet(
         )
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
+        save_memory = self.checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            x = checkpoint(block, x, temb, t, use_reentrant=False) if self.checkpointing else block(x, temb, t)
+            x = checkpoint(block, x, temb, t, use_reentrant=False) if save_memory else block(x, temb, t)
         return x
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:

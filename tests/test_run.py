@@ -115,6 +115,12 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["optim.lr=fast"], "optim.lr: Value 'fast'"),
         (["seed=1.5"], "seed=1.5 must be a whole number"),
         (["optim.batch=0"], "optim.batch=0 must be positive"),
+        (["arm=conv"], "unknown key 'arm'"),
+        (["model.size=tiny"], "unknown key 'model.size'"),
+        (["model.channels=[30,64]"], "multiples of 8"),
+        (["model.mix_kernels=[4]"], "must be odd"),
+        (["data.resolution=16"], "reads 8x8 grey images only"),
+        (["jobs=0", "seed=0,1"], "jobs=0 must be positive"),
         (["data.resolution=9"], "must be divisible by 2"),
         (["eval.nfe=[0]"], "eval.nfe=[0]"),
         (["eval.solver=heun", "eval.nfe=[1,2]"], "eval.nfe=1 is too few for solver heun"),
@@ -153,6 +159,39 @@ def test_missing_weights_leave_everything_but_the_metric(small, tmp_path, monkey
     assert not (folder / "done").exists()
     assert main(small) == 0  # with the weights, the same command evaluates
     assert (folder / "done").exists()
+
+
+def test_a_full_disk_is_one_line_wherever_it_strikes(small, monkeypatch, capsys):
+    real = Record.write
+
+    def full(record, row):
+        if "nfe" in row:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        real(record, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "write", full)
+        assert main(small) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        "error: No space left on device (metrics.jsonl): nothing is lost; mend it and give the same command again"
+    )
+    assert main(small) == 0
+
+
+def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_path, capsys):
+    for place, grey in (("a", 10), ("b", 200)):
+        folder = tmp_path / place / "cats"
+        folder.mkdir(parents=True)
+        for k in range(12):
+            Image.new("L", (16, 16), grey + k).save(folder / f"{k}.png")
+    options = [o for o in small if not o.startswith(("eval.n=", "optim.images"))]
+    options += ["data=folder", "data.resolution=8", "eval.extractor=pixel", "eval.n=8", "optim.images=64"]
+    assert main([*options, f"data.path={tmp_path}/a/cats"]) == 0
+    capsys.readouterr()
+    assert main([*options, f"data.path={tmp_path}/b/cats"]) == 2
+    assert "is of other images" in capsys.readouterr().err
+    assert main([*options, f"data.path={tmp_path}/a/cats"]) == 0
 
 
 def test_help_and_typos_are_answered_without_torch():
