@@ -64,8 +64,8 @@ def show_plan(records: list[Record]) -> None:
     """The grid with its budgets, states and the minutes that are left, judged by the runs already done."""
     from liquiddiff import budget
 
-    shape = {(r.run.model.size, r.run.image_shape) for r in records}
-    base = {key: budget.meta_cost(budget.baseline(r.run.model), r.run.image_shape) for key in shape for r in records}
+    first = {(r.run.model.size, r.run.image_shape): r.run for r in records}
+    base = {key: budget.meta_cost(budget.baseline(run.model), run.image_shape) for key, run in first.items()}
     costs: dict[str, Any] = {}
     pace = []  # seconds per image and MAC of finished runs
     for record in records:

@@ -100,7 +100,7 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["ablation=no_relaxatoin"], "unknown arm 'no_relaxatoin'. Did you mean no_relaxation?"),
+        (["ablation=no_relaxatoin"], "unknown arm 'no_relaxatoin'. Did you mean no_relaxation"),
         (["optim.lrr=1"], "unknown key 'optim.lrr'. Did you mean optim.lr"),
         (["tier=hours"], "unknown tier 'hours'. Did you mean hour?"),
         (["data=flower"], "Did you mean flowers"),
@@ -207,7 +207,8 @@ def test_help_and_typos_are_answered_without_torch():
 
 
 def test_mlflow_that_cannot_be_reached_costs_one_line(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:////{tmp_path}/no/such/folder/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert main([*small, "optim.images=96"]) == 0
     assert "was not updated" in capsys.readouterr().err
 
@@ -288,3 +289,28 @@ def test_a_run_survives_yaml():
     assert from_dict(Run, yaml.safe_load(yaml.safe_dump(asdict(run)))) == run
     with pytest.raises(BadInput, match="unknown Optim key 'lrr'"):
         from_dict(Run, {"optim": {"lrr": 1}})
+
+
+def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
+    import numpy as np
+
+    from analysis import cli
+    from experiments import sample
+    from liquiddiff import trainer
+    from liquiddiff.data import to_uint8
+
+    run = compose.plan([*small, "optim.images=96"])[1][0]
+    fitted, _ = trainer.train(run)
+    folder = Record(run).folder
+    assert sample.main([f"run={folder}", "n=5", "nfe=4", "batch=2", f"out={tmp_path}/pngs"]) == 0
+    expected = to_uint8(fitted.sample(5, 8, 4, channels=1))
+    for k in range(5):
+        with Image.open(tmp_path / "pngs" / f"{k:05d}.png") as image:
+            assert (
+                np.abs(np.asarray(image).astype(int) - expected[k, 0].numpy()).max() <= 1
+            )  # the batch rounds otherwise
+    assert sample.main([f"run={folder}/model", "n=1", "nfe=2", "solver=heun", f"out={tmp_path}/published"]) == 0
+    for arguments in (["n=3"], ["run=/nowhere"], [f"run={folder}", "nfe=x"], [f"run={folder}", "solver=eular"]):
+        with pytest.raises(BadInput):
+            sample.main(arguments)
+    assert cli.arguments(["n=3"], sample.DEFAULTS)[0]["n"] == "3"
