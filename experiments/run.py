@@ -79,8 +79,9 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
         print(f"already done: {record.folder} (force=true starts again)")
         screen.results(record)
         return 0
-    baseline = compose.plan([o for o in overrides if not o.startswith("ablation=")])[1][0]
-    screen.header(run, baseline, record.folder)
+    given = [o for o in overrides if not o.startswith("ablation=")]
+    baseline = compose.plan(given)[1][0]
+    screen.header(run, baseline, record.folder, [o for o in given if "." in o.partition("=")[0]])
     if launch.dry:
         return 0
     if launch.force:

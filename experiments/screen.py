@@ -12,8 +12,8 @@ from liquiddiff.config import Run
 from liquiddiff.record import Record
 
 
-def header(run: Run, baseline: Run, folder: Path) -> None:
-    """What will run: the diff against the baseline, the signature, the cost, the folder."""
+def header(run: Run, baseline: Run, folder: Path, given: list[str]) -> None:
+    """What will run: the arm's diff against the baseline, what was `given` to both, signature, cost, folder."""
     from liquiddiff import budget
 
     mine, theirs = (budget.meta_cost(r.model, r.image_shape) for r in (run, baseline))
@@ -21,6 +21,8 @@ def header(run: Run, baseline: Run, folder: Path) -> None:
           f"{run.data.resolution}x{run.data.resolution}, {budget.human(run.optim.images)} images")  # fmt: skip
     for key, (old, new) in compose.diff(run, baseline).items():
         print(f"  {key}: {old} -> {new}")
+    if given:
+        print(f"given      {' '.join(given)}")
     print(f"signature  {run.signature()}")
     for name, a, b in (("parameters", mine.params, theirs.params), ("MACs", mine.macs, theirs.macs)):
         against = "" if run.arm == "baseline" else f"  ({100 * (a / b - 1):+.1f} % of the baseline's {budget.human(b)})"
@@ -90,12 +92,16 @@ def results(record: Record) -> None:
     extractor = rows[0]["extractor"] if rows else record.run.eval.extractor
     name = "fid" if extractor == "inception" else f"fd_{extractor}"
     columns = [name, *(["fd_pixel"] if pixel else []), "kid", "precision", "recall"]
-    print("\n" + "".join(f"{title:>12}" for title in ["nfe", *columns]))
+    widths = [max(12, len(column) + 2) for column in columns]
+    print("\n" + f"{'nfe':>14}" + "".join(f"{title:>{w}}" for title, w in zip(columns, widths, strict=True)))
     floor = next((row for row in record.rows() if row.get("floor")), None)
     for row in [*rows, *([floor] if floor else [])]:
         label = f"real (n={row['n']})" if row.get("floor") else str(row["nfe"])
         values = [row.get("fd" if column == name else column) for column in columns]
-        print(f"{label:>12}" + "".join(f"{value:12.4f}" if value is not None else f"{'—':>12}" for value in values))
+        cells = [
+            f"{value:{w}.4f}" if value is not None else f"{'—':>{w}}" for value, w in zip(values, widths, strict=True)
+        ]
+        print(f"{label:>14}{''.join(cells)}")
     val = [row["val_loss"] for row in record.rows() if "val_loss" in row]
     seconds = json.loads((record.folder / "done").read_text())["seconds"] if record.done else None
     if rows:

@@ -17,7 +17,7 @@ from analysis import metrics
 from experiments import compose, grid
 from experiments.room import ROOT, arm_files, load_experiment, rooms
 from experiments.run import main
-from liquiddiff import trainer
+from liquiddiff import reflow, trainer
 from liquiddiff.config import BadInput, flatten
 from liquiddiff.data import to_uint8
 from liquiddiff.flow import initial_noise
@@ -51,10 +51,12 @@ def test_arms_differ_from_each_other():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_trains_samples_and_writes_a_row(arm, small, tmp_path):
+def test_an_arm_trains_samples_and_writes_a_row(arm, small, monkeypatch):
     quick = [o for o in small if not o.startswith(("optim.images", "eval.n", "optim.batch"))]
     overrides = [*quick, f"ablation={arm}", "optim.images=32", "optim.batch=16", "eval.n=16", "eval.nfe=[6]"]
     run = compose.plan([*overrides, "eval.extractor=pixel"])[1][0]
+    run.flow.reflow = min(run.flow.reflow, 32)
+    monkeypatch.setattr(reflow, "SAMPLES", 16)
     record = Record(run)
     record.create()
     fitted, images = trainer.fit(run, record)

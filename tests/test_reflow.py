@@ -60,7 +60,7 @@ def test_the_teacher_is_trained_once_and_found(small):
     assert reflow.teacher_of(run) == baseline
     fitted, images = trainer.train(run)
     home = Record(baseline)
-    assert home.folder.is_dir() and not home.done
+    assert (home.folder / "run.yaml").exists() and not home.done
     written = (home.folder / "checkpoint.pt").stat().st_mtime_ns
     assert [row["images"] for row in lines(home, "loss")][-1] == 96
     # The baseline's own run takes the teacher's weights up; another reflow arm finds teacher and pairs.
@@ -142,6 +142,7 @@ def test_a_teacher_that_another_process_trains_is_waited_for(small):
     own.create()
     found = []
     with own.lock():
+        own.describe()
         waiting = threading.Thread(target=lambda: found.append(reflow.teach(run, own.out, images.fingerprint)))
         waiting.start()
         trainer.fit(reflow.teacher_of(run), own)
@@ -158,12 +159,12 @@ def test_a_teacher_of_other_data_is_refused(small):
         reflow.teach(run, Record(run).out, "0" * 16)
 
 
-def test_three_runs_that_differ_in_their_evaluation_train_once(small):
+def test_three_runs_that_differ_in_their_evaluation_train_once(small, monkeypatch):
     first, second, third = (
         compose.as_run(compose.one([*small, "optim.images=96", f"eval.nfe=[{k}]"])) for k in (1, 2, 3)
     )
-    trainer.train(first)
+    fitted = trainer.train(first)[0]
+    monkeypatch.setattr(trainer.RectifiedFlowTrainer, "train_step", None)
     for run in (second, third):
-        trainer.train(run)
-        assert Record(run).twin().folder == Record(first).folder
-        assert not (Record(run).folder / "checkpoint.pt").exists()
+        a, b = weights(fitted), weights(trainer.train(run)[0])
+        assert all(torch.equal(a[k], b[k]) for k in a)

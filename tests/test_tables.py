@@ -247,3 +247,7 @@ def test_arguments_are_checked():
     for wrong in ("experimnt=x", "--chek"):
         with pytest.raises(BadInput, match="Did you mean"):
             cli.arguments([wrong], {"experiment": "all"}, ("--check",))
+
+
+def test_the_committed_tables_show_the_committed_results():
+    assert tables.main(["experiment=all", "--check"]) == 0
