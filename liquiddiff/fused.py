@@ -54,8 +54,9 @@ def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) 
     alpha_BC = alpha_BC.expand(-1, x_BCHW.shape[1])
     if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
         return _Relax.apply(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
-    # In float32 whatever the layers run in: bfloat16 would round 1 - alpha, the question of a room, by up to 9 %.
-    return x_BCHW + torch.lerp(y_BCHW.float(), n_BCHW.float(), _image(alpha_BC).float()).to(y_BCHW.dtype)
+    # At least in float32 whatever the layers run in: bfloat16 would round 1 - alpha, a room's question, by up to 9 %.
+    wide = torch.promote_types(y_BCHW.dtype, torch.float32)
+    return x_BCHW + torch.lerp(y_BCHW.to(wide), n_BCHW.to(wide), _image(alpha_BC).to(wide)).to(y_BCHW.dtype)
 
 
 def silu(x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ The new paths join what the old ones joined, and cross less, so they are straigh
 seed's baseline; noise k hangs on (seed, k), so images alone are kept, in parts, so that a kill costs one part at most.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -119,8 +120,9 @@ def open_pairs(run: Run, record: Record, fingerprint: str) -> Pairs:
         try:
             folder.mkdir(exist_ok=True)
             shared.mkdir(exist_ok=True)
-            for (start, stop), path in zip(ranges, paths, strict=True):
-                if not path.exists():
+            with open(shared / "lock", "a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # who comes second finds them made
+                for (start, stop), path in zip(ranges, paths, strict=True):
                     if not (original := shared / path.name).exists():
                         _write(original, _generate(fitted, run, start, stop))
                     _link(original, path)
@@ -181,7 +183,7 @@ def _generate(fitted: "RectifiedFlowTrainer", run: Run, start: int, stop: int) -
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Aside, synced, renamed: whoever finds the file finds it whole, and several may write it at once."""
+    """Aside, synced, renamed: whoever finds the file finds it whole."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:

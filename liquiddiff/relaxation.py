@@ -37,7 +37,8 @@ class Relaxation(nn.Module):
     def forward(self, input_BCHW: Tensor, mixed_BCHW: Tensor, t_B: Tensor, temb_BD: Tensor) -> Tensor:
         """Alpha * input + (1 - alpha) * mixed."""
         alpha = self.alpha(t_B, temb_BD)  # in float32: bfloat16 would round 1 - alpha by up to 9 %
-        return torch.lerp(mixed_BCHW.float(), input_BCHW.float(), alpha).to(mixed_BCHW.dtype)
+        wide = torch.promote_types(mixed_BCHW.dtype, torch.float32)
+        return torch.lerp(mixed_BCHW.to(wide), input_BCHW.to(wide), alpha.to(wide)).to(mixed_BCHW.dtype)
 
 
 class Liquid(Relaxation):

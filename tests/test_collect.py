@@ -26,6 +26,7 @@ def make(out: Path, arm: str = "baseline", seed: int = 0, fd: float = 0.3, done:
     """A run's folder, as trainer and metrics leave it."""
     record = Record(replace(ARMS[arm], seed=seed, **changes), out)
     record.create()
+    record.describe()
     started = f"2026-01-0{seed + 1}T00:00:00+0000"
     record.provenance("a CPU", "fp32", "ab12", params=600_000, macs=9_000_000, started=started)
     for k in (1, 2, 3):
@@ -61,7 +62,7 @@ def test_a_row_holds_protocol_provenance_and_scores(out, tmp_path):
     assert [(r["arm"], r["nfe"]) for r in rows] == [("baseline", "1"), ("baseline", "32"), ("real", "")]
     assert {k: v for k, v in rows[1].items() if k != "commit"} == {
         "arm": "baseline", "seed": "0", "tier": "laptop", "data": "digits", "data_fingerprint": "ab12",
-        "signature": Run().signature(), "device": "a CPU", "images": "150000", "batch": "128", "n": "1797",
+        "signature": Run().signature(), "device": "a CPU", "images": "100000", "batch": "128", "n": "1797",
         "reference": "ab12/1797", "extractor": "digits", "solver": "euler", "nfe": "32", "ema": "10000",
         "fd": "0.33125", "fd_pixel": "0.0428571", "kid": "0.001", "precision": "0.666667", "recall": "0.5",
         "loss": "0.333333", "val_loss": "0.123457", "params": "600000", "macs": "9000000",
