@@ -361,8 +361,6 @@ def test_golden_losses(small):
         fitted = trainer.prepare(run, torch.device("cpu"))
         images = trainer.open_data(run.data, small[-1].removeprefix("cache="))
         losses[arm] = [fitted.train_step(images.batch(0, 32 * k, 32))["loss"].item() for k in range(8)]
-    if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
     assert losses == {
         arm: pytest.approx(expected, rel=1e-4) for arm, expected in json.loads(GOLDEN.read_text()).items()
     }
