@@ -14,7 +14,8 @@ from typing import Any
 
 from analysis import collect
 from liquiddiff.config import Run
-from liquiddiff.record import Record, mirror_to_mlflow
+from liquiddiff.record import Record
+from liquiddiff.tracking import mirror_to_mlflow
 
 
 def lines() -> list[dict[str, Any]]:

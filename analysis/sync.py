@@ -17,7 +17,8 @@ from liquiddiff.config import BadInput
 def sync(out: Path) -> tuple[int, list[str], list[str]]:
     """Mirror every run folder under `out`. Returns how many, the busy ones, and those that could not be mirrored."""
     from experiments.compose import room_of  # late: the arrow is experiments -> analysis
-    from liquiddiff.record import Record, mirror_to_mlflow, read_run
+    from liquiddiff.record import Record, read_run
+    from liquiddiff.tracking import mirror_to_mlflow
 
     count, busy, failed = 0, [], []
     for folder in sorted(path for path in out.iterdir() if FOLDER.fullmatch(path.name)):

@@ -40,7 +40,7 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
         from liquiddiff.device import cores  # late, as it imports torch: a finished grid has nothing to wait for
 
         threads = launch.threads or max(1, cores() // launch.jobs)
-        failed = Pool([record_with(record, threads) for record in todo], launch.jobs).run()
+        failed = Pool([record_with(record, threads) for record in todo], launch).run()
     for record, reason in failed:
         print(f"failed: {record.folder.name}: {reason} (its log: {record.folder / 'log.txt'})", file=sys.stderr)
     print(f"{len(records) - len(failed)} of {len(records)} runs done; runs are in {records[0].out}")
@@ -93,8 +93,9 @@ def show_plan(records: list[Record]) -> None:
 class Pool:
     """Workers, what each is doing, and one progress bar over all images."""
 
-    def __init__(self, todo: list[Record], jobs: int):
+    def __init__(self, todo: list[Record], launch: Launch):
         self.queue = list(todo)
+        self.experiment = launch.experiment
         self.total = len(todo)
         self.failed: list[tuple[Record, str]] = []
         self.busy: dict[Connection, tuple[Any, Record, float]] = {}  # pipe: (process, run, start)
@@ -104,14 +105,14 @@ class Pool:
             total=sum(r.run.optim.images for r in todo), unit="img", unit_scale=True, smoothing=0.02,
             mininterval=0.5 if tty else 60, ncols=None if tty else 100,
         )  # fmt: skip
-        for _ in range(min(jobs, len(todo))):
+        for _ in range(min(launch.jobs, len(todo))):
             self.start_worker()
 
     def start_worker(self) -> None:
         """A fresh process (spawned: CUDA and OpenMP do not survive a fork) on the next run."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs,), daemon=False)
+        process = context.Process(target=work, args=(theirs, self.experiment), daemon=False)
         process.start()
         theirs.close()
         self.hand_over(ours, process)
@@ -180,7 +181,7 @@ class Pool:
             process.join()
 
 
-def work(pipe: Connection) -> None:
+def work(pipe: Connection, experiment: str | None = None) -> None:
     """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt."""
     from experiments.run import compute
 
@@ -202,7 +203,7 @@ def work(pipe: Connection) -> None:
             os.dup2(log, 2)
             os.close(log)
             # Another worker may hold it for a moment, as the teacher of a reflow run.
-            if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None, wait=True):
+            if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None, True, experiment):
                 reason = "see its log"
         except KeyboardInterrupt:
             return

@@ -116,11 +116,13 @@ def compute(
     training: Callable[[int, float | None], None],
     sampling: Callable[[int], None],
     wait: bool = False,
+    experiment: str | None = None,
 ) -> int:
     """Train, sample, measure, plot, record; returns the exit status.
 
     `training(images, loss)` and `sampling(evaluations)` are told of progress. A run that another process holds is
-    refused, or with `wait` waited for. Raises BadInput and KeyboardInterrupt.
+    refused, or with `wait` waited for. `experiment` is the grid that it belongs to, for MLflow. Raises BadInput and
+    KeyboardInterrupt.
     """
     import torch
 
@@ -128,11 +130,12 @@ def compute(
     from liquiddiff import device, trainer
     from liquiddiff.data import open_data, to_uint8
     from liquiddiff.flow import initial_noise
-    from liquiddiff.record import mirror_to_mlflow
+    from liquiddiff.tracking import Mirror, mirror_to_mlflow
 
     torch.set_num_threads(run.threads or device.cores())
     torch.backends.cudnn.deterministic = True
     tags = {"arm": run.arm, "tier": run.tier, "room": compose.room_of(run.arm), "signature": run.signature()}
+    tags |= {"experiment": experiment} if experiment else {}
     record.create()
     with record.lock(wait):
         if record.done:  # by another process, since this one looked
@@ -146,7 +149,7 @@ def compute(
         except metrics.MissingWeights as error:
             missing = error
             print(f"note: {error}\nnote: training goes on; the same command with the weights will only evaluate")
-        fitted, images = trainer.fit(run, record, training, lambda: mirror_to_mlflow(record, tags))
+        fitted, images = trainer.fit(run, record, training, Mirror(record, tags))
         begin = time.perf_counter()
 
         sheet: list[Tensor] = []  # the first samples at the last NFE

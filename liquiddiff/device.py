@@ -74,14 +74,14 @@ def cores() -> int:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM only add to the list that this yields, so that a step is never torn in two.
+    """SIGINT, SIGTERM and SIGUSR2 only add to the list that this yields, so that a step is never torn in two.
 
     Off the main thread, and for a signal that is ignored, nothing changes.
     """
     seen: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, lambda received, frame: seen.append(received))
     try:

@@ -1,4 +1,4 @@
-"""The run folder: provenance, metrics.jsonl, the lock; and its mirror in MLflow, which can be rebuilt from it.
+"""The run folder: provenance, metrics.jsonl, the lock.
 
 <out>/<arm>-<signature>-s<seed>/   run.yaml env.json metrics.jsonl done model/ *.png checkpoint.pt
 """
@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -22,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from liquiddiff.config import BadInput, Run, flatten, from_dict
+from liquiddiff.config import BadInput, Run, from_dict
 
 PACKAGES = "torch torchvision torch-fidelity numpy datasets mlflow hydra-core liquiddiff".split()
 FACTS = "commit dirty device precision data_fingerprint started params macs seconds peak_mib".split()
@@ -90,15 +89,7 @@ class Record:
 
     def provenance(self, device: str, precision: str, fingerprint: str, **more: Any) -> None:
         """Write env.json: where, with what and on which data this run was computed."""
-        root = Path(__file__).resolve().parents[1]
-
-        def git(*command: str) -> str:
-            with contextlib.suppress(FileNotFoundError):  # no git on the machine
-                done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
-                return done.stdout.strip() if done.returncode == 0 else ""
-            return ""
-
-        diff = git("diff", "HEAD")
+        commit, diff = code_version(Path(__file__).resolve().parents[1])
         if diff:
             write_atomic(self.folder / "dirty.diff", diff + "\n")
         versions = {}
@@ -106,7 +97,7 @@ class Record:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[package] = importlib.metadata.version(package)
         environment = {
-            "commit": git("rev-parse", "HEAD"),
+            "commit": commit,
             "dirty": bool(diff),
             "command": sys.argv,
             "python": platform.python_version(),
@@ -187,6 +178,24 @@ class Record:
         write_atomic(self.folder / "done", json.dumps({k: round(v, 1) for k, v in totals.items()}) + "\n")
 
 
+def code_version(root: Path) -> tuple[str, str]:
+    """(commit, difference from it) of the code at `root`; both empty where nothing is known.
+
+    A snapshot, which may lie in a working tree that has moved on, carries its own (slurm/ledger.py).
+    """
+    if (root / "snapshot.json").exists():
+        known = json.loads((root / "snapshot.json").read_text())
+        return known["commit"], known["diff"]
+
+    def git(*command: str) -> str:
+        with contextlib.suppress(FileNotFoundError):  # no git on the machine
+            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
+
+    return git("rev-parse", "HEAD"), git("diff", "HEAD")
+
+
 def set_aside(record: Record) -> None:
     """force=true: rename an old folder, never delete it. Raises BadInput where another process holds the run."""
     record._index().unlink(missing_ok=True)  # its weights are not to be had again by way of `twin`
@@ -205,101 +214,3 @@ def read_run(folder: Path) -> Run:
         return from_dict(Run, yaml.safe_load((folder / "run.yaml").read_text()))
     except OSError as error:
         raise BadInput(f"{folder} is not a run folder: it has no readable run.yaml") from error
-
-
-def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = False) -> bool:
-    """Bring MLflow up to date with the run folder: parameters, tags, every new line; with `artifacts` also files.
-
-    Returns False, after one line on stderr, where MLflow cannot be reached: no run fails for that, and
-    `python -m analysis.sync` makes up for it.
-    """
-    for key, value in (
-        ("DISABLE_TELEMETRY", "true"),
-        ("HTTP_REQUEST_MAX_RETRIES", "2"),
-        ("HTTP_REQUEST_TIMEOUT", "10"),
-    ):
-        os.environ.setdefault(f"MLFLOW_{key}", value)
-    uri = record.tracking_uri()
-    if record.mlflow_failed and not record.done:  # a dead server costs its timeout once, not at every checkpoint
-        return False
-    try:
-        # Four processes that create a fresh database at once all crash, so the first call of each waits its turn.
-        with open(record.out / "mlflow.lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _mirror(record, tags, artifacts, uri)
-    except Exception as error:  # whatever a tracking server can throw must not cost the run
-        record.mlflow_failed = True
-        line = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        print(f"MLflow at {uri} was not updated ({line[0][:160]}); the run folder has everything", file=sys.stderr)
-        return False
-    return True
-
-
-def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> None:
-    import mlflow.entities
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-
-    state_path = record.folder / "mlflow.json"
-    state = json.loads(state_path.read_text()) if state_path.exists() else {}
-    client = MlflowClient(tracking_uri=uri)
-    if state.get("uri") != uri or not _holds(client, state["run_id"]):
-        name = tags.get("experiment", "liquiddiff")
-        found = client.get_experiment_by_name(name)
-        location = (record.out / "mlruns").resolve().as_uri() if uri.startswith("sqlite:") else None
-        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=location)
-        made = client.create_run(experiment, run_name=f"{record.run.arm}-s{record.run.seed}", tags=tags)
-        state = {"uri": uri, "run_id": made.info.run_id, "lines": 0}
-        write_atomic(state_path, json.dumps(state) + "\n")  # at once: a kill must not leave a second run behind
-        params = [mlflow.entities.Param(k, str(v)) for k, v in flatten(record.run).items()]
-        for k in range(0, len(params), 100):
-            client.log_batch(state["run_id"], params=params[k : k + 100])
-    rows = record.rows()
-    now = int(1000 * time.time())
-    points = [
-        mlflow.entities.Metric(name, float(value), now, step)
-        for row in rows[min(state["lines"], len(rows)) :]
-        for name, value, step in _points(row)
-    ]
-    for k in range(0, len(points), 1000):
-        client.log_batch(state["run_id"], metrics=points[k : k + 1000])
-    state["lines"] = len(rows)
-    write_atomic(state_path, json.dumps(state) + "\n")
-    if artifacts:
-        for path in sorted(record.folder.glob("*")):
-            if path.suffix in {".png", ".yaml", ".json", ".jsonl", ".diff"} and path != state_path:
-                client.log_artifact(state["run_id"], str(path))
-    if record.done:
-        facts = [mlflow.entities.RunTag(key, str(value)) for key, value in record.facts().items()]
-        client.log_batch(state["run_id"], tags=facts)
-        client.set_terminated(state["run_id"], "FINISHED")
-    else:
-        client.update_run(state["run_id"], "RUNNING")
-
-
-def _holds(client: Any, run_id: str) -> bool:
-    """Whether the store still has the run: it may have been lost, or be another one at the same address."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-
-
-def _points(row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """(metric, value, step) of a line: training by images, evaluation by NFE; fd is fid on Inception alone (rule 4)."""
-    extractor = row.get("extractor")
-    step = round(row.get("nfe" if extractor else "images", 0))  # an adaptive solver's NFE is a mean
-    for key, value in row.items():
-        if isinstance(value, int | float) and key not in {"images", "nfe", "floor"}:
-            if extractor and key == "fd":
-                key = "fid" if extractor == "inception" else f"fd_{extractor}"
-            if row.get("floor"):
-                yield f"floor_{key}", value, step
-            elif key != "n":
-                yield key, value, step

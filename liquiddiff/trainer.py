@@ -286,7 +286,7 @@ def fit(
                 on_checkpoint()
             progress(trainer.images, loss)
             if interrupted:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(*interrupted)
     trainer.check_finite()
     cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
     if pairs:

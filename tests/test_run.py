@@ -231,7 +231,7 @@ def test_interrupted_then_resumed_from_the_command_line(small, tmp_path):
 def test_mlflow_is_rebuilt_lines_are_not_logged_twice(small, tmp_path):
     from mlflow import MlflowClient
 
-    from liquiddiff.record import mirror_to_mlflow
+    from liquiddiff.tracking import mirror_to_mlflow
 
     assert main([*small, "optim.images=96"]) == 0
     record = Record(compose.plan([*small, "optim.images=96"])[1][0])
