@@ -47,7 +47,7 @@ def arm_files(root: Path = ROOT) -> dict[str, Path]:
     """Every arm's file, by name. The baseline has none: it is config.yaml itself. Raises BadInput for a name twice."""
     found: dict[str, Path] = {}
     for path in sorted(root.glob("*/*.yaml")):
-        if path.parent.name != "tiers" and path.name != "experiment.yaml":
+        if path.parent.name not in ("tiers", "claims") and path.name != "experiment.yaml":
             if path.stem in found:
                 raise BadInput(f"two arms are named {path.stem}: {found[path.stem]} and {path}; rename one")
             found[path.stem] = path

@@ -1,0 +1,296 @@
+"""One rule for each claim of experiments/claims/claims.yaml: from committed data to a verdict, and nothing else.
+
+A rule takes the `Evidence` and returns a `Verdict`; it raises `Missing` where the data are not there yet.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from analysis import stats, tables
+from analysis.evidence import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Evidence,
+    Missing,
+    Verdict,
+    all_worse,
+    by_arms,
+    combine,
+    network,
+    none_better,
+    of_blocks,
+    operators,
+    seeds,
+    small,
+    span,
+)
+from analysis.render import difference, label
+from liquiddiff.config import SIZES, Mixer, Model, from_dict
+
+PARAMETERS = {"tiny": 8e6, "small": 25e6, "base": 65e6, "large": 120e6}  # claimed, as GB and IMAGES
+GB = {"tiny": 4, "small": 8, "base": 14, "large": 24}
+RESOLUTION = {"tiny": 256, "small": 256, "base": 512, "large": 512}
+IMAGES = {"celebahq": 30_000, "afhq": 15_000}
+ATTENTION = ("attention", "softmax", "aten.bmm", "aten.baddbmm")  # in operators' names
+
+
+def parameters(evidence: Evidence) -> Verdict:
+    """Exact counts against the claim, and those of the wide reading of the same text."""
+    from liquiddiff.budget import parameters as count
+
+    wide = yaml.safe_load((evidence.root / "size" / "wide.yaml").read_text())["model"]
+    wide["mixer"] = asdict(Mixer(**wide["mixer"]))
+    texts, gaps = [], []
+    for size, claimed in PARAMETERS.items():
+        own = count(evidence.networks[size])
+        other = count(network(from_dict(Model, asdict(Model(size, **SIZES[size])) | wide)))
+        gaps.append(abs(own / claimed - 1))
+        texts.append(f"{size} {own / 1e6:.2f} M ({own / claimed - 1:+.1%}; read widely {other / 1e6:.1f} M)")
+    return Verdict(HOLDS if max(gaps) <= 0.15 else FAILS, ", ".join(texts))
+
+
+def memory(evidence: Evidence) -> Verdict:
+    """What a step of batch 1 needs, and the largest batch that the claim leaves room for."""
+    words, texts = [], []
+    for size, claimed in GB.items():
+        used = training_gib(evidence, size)
+        fits = [batch for batch, gib in used.items() if gib <= claimed]
+        words.append(1 in fits)
+        texts.append(f"{size} {used[1]:.2f} of {claimed} GiB at batch 1, largest that fits: {max(fits, default=0)}")
+    return Verdict(HOLDS if all(words) else FAILS, "; ".join(texts))
+
+
+def colab(evidence: Evidence) -> Verdict:
+    """Tiny on a T4."""
+    used = training_gib(evidence, "tiny")
+    if 8 not in used:
+        raise Missing("tiny at batch 8 in experiments/cost/memory.csv")
+    fits = max((batch for batch, gib in used.items() if gib <= 15), default=0)
+    text = f"tiny at batch 8 needs {used[8]:.2f} GiB; largest batch tried that fits in 15 GiB: {fits}"
+    return Verdict(HOLDS if used[8] <= 15 else FAILS, text)
+
+
+def training_gib(evidence: Evidence, size: str) -> dict[int, float]:
+    """{batch: GiB of a training step} in 16 bits at the claimed resolution, nothing recomputed. Raises Missing."""
+    frame = evidence.table("cost/memory.csv", "`python -m analysis.cost`")
+    same = (frame["size"] == size) & (frame["resolution"] == RESOLUTION[size])
+    rows = frame[same & frame["precision"].isin(["fp16", "bf16"]) & ~frame["checkpointing"].astype(bool)]
+    if 1 not in set(rows["batch"]):
+        raise Missing(f"{size} at batch 1 in experiments/cost/memory.csv")
+    return {
+        batch: rows.loc[rows["batch"] == batch, "mib"].max() / 1024 for batch in sorted(map(int, set(rows["batch"])))
+    }
+
+
+def no_attention(evidence: Evidence) -> Verdict:
+    """Names of operators, with the attention arm as a control; and no size has a kind of layer that was not traced."""
+
+    def like(mixer: str) -> tuple[int, int]:
+        names = operators(mixer)
+        return sum(any(word in name for word in ATTENTION) for name in names), len(names)
+
+    def kinds(net: Any) -> set[str]:
+        return {type(module).__name__ for module in net.modules()}
+
+    strange = set().union(*map(kinds, evidence.networks.values())) - kinds(small("cfc"))
+    (found, total), (control, of) = like("cfc"), like("attention")
+    text = f"{found} of {total} operators; as a control, {control} of {of} with attention in CfC's place; "
+    text += f"kinds of layers in the four sizes that the trace did not see: {len(strange)}"
+    return Verdict(HOLDS if control and not found and not strange else FAILS, text)
+
+
+def spatial_mixing(evidence: Evidence) -> Verdict:
+    """Layers of the blocks that are wider than 1x1 and not of the multi-scale mix."""
+    wide = [
+        (name.split(".", 3)[-1], layer.kernel_size)
+        for name, layer in evidence.networks["tiny"].named_modules()
+        if name.startswith(("encoder.", "decoder.")) and max(getattr(layer, "kernel_size", (1,))) > 1
+    ]
+    others = {f"{name} {size[0]}x{size[1]}" for name, size in wide if not name.startswith("spatial.")}
+    scales = {f"{size[0]}x{size[1]}" for name, size in wide if name.startswith("spatial.")}
+    text = f"the mix has {', '.join(sorted(scales))}; the rest of a block has {', '.join(sorted(others)) or 'nothing'}"
+    return Verdict(FAILS if others else HOLDS, text)
+
+
+def parallel(evidence: Evidence) -> Verdict:
+    """Operators of a forward pass: a sequential dependency would show as more of them, for more positions or steps."""
+    few, many, ode = len(operators("cfc", 16)), len(operators("cfc", 64)), len(operators("ltc", 16))
+    text = f"{few} operators on 16x16 pixels and {many} on 64x64 with CfC, {ode} with the ODE's six steps in its place"
+    return Verdict(HOLDS if few == many < ode else FAILS, text)
+
+
+def ten_times_faster(evidence: Evidence) -> Verdict:
+    """Milliseconds of a forward pass of the same network with CfC and with the ODE in two solvers."""
+    raise Missing("experiments/cost/results.csv, which `python -m analysis.cost` makes")
+
+
+def closed_form(evidence: Evidence, weight: Callable[[Any], Any] = lambda a: 1 / (1 + np.exp(a))) -> Verdict:
+    """The weight of the start: sigma(-f t) in the formula, an exponential for the ODE x' = -(1/tau + f) (x - end)."""
+    t = np.linspace(0, 1, 101)
+    gaps = {
+        (f, tau): np.abs(weight(f * t) - np.exp(-(1 / tau + f) * t))
+        for f in np.linspace(0.1, 10, 100)
+        for tau in (0.1, 1, 10, 1e9)
+    }
+    (f, tau), gap = min(gaps.items(), key=lambda item: item[1].max())
+    text = (
+        f"the nearest, f = {f:.1f} and tau = {tau:.3g}, is {gap.max():.2f} from the ODE's, at t = {t[gap.argmax()]:.2f}"
+    )
+    return Verdict(HOLDS if gap.max() <= 0.05 else FAILS, text)
+
+
+def gate_half(evidence: Evidence) -> Verdict:
+    """Distance of the gate from 1/2 at t = 0."""
+    far, mean = (of_blocks(evidence, "baseline", column, 0.0) for column in ("gate_far", "gate_mean"))
+    text = f"mean |gate - 1/2| {span(far)} by block, mean gate {span(mean)} ({seeds(evidence, 'baseline')})"
+    return Verdict(HOLDS if far.max() < 0.1 else FAILS, text + literally(evidence, 0.0))
+
+
+def gate_saturates(evidence: Evidence) -> Verdict:
+    """Share of the gate outside 0.05 .. 0.95 at t = 1."""
+
+    def saturated(t: float) -> float:
+        return sum(of_blocks(evidence, "baseline", column, t).mean() for column in ("gate_low", "gate_high"))
+
+    text = f"{saturated(1.0):.2%} of it at t = 1, {saturated(0.0):.2%} at t = 0 ({seeds(evidence, 'baseline')})"
+    return Verdict(HOLDS if saturated(1.0) >= 0.5 else FAILS, text + literally(evidence, 1.0))
+
+
+def literally(evidence: Evidence, t: float) -> str:
+    """How far from 1/2 the text's own formula is, the arm literal_gate; nothing where it has not run."""
+    try:
+        far = of_blocks(evidence, "literal_gate", "gate_far", t)
+    except Missing:
+        return ""
+    return f"; with the text's sigma(-f t), mean |gate - 1/2| at t = {t:g} is {span(far)}"
+
+
+def gate_places(evidence: Evidence) -> Verdict:
+    """Spread over the positions of one image's channel."""
+    least = of_blocks(evidence, "baseline", "gate_places")
+    text = (
+        f"standard deviation over positions, the least over t, {span(least)} by block ({seeds(evidence, 'baseline')})"
+    )
+    return Verdict(HOLDS if least.min() >= 0.05 else FAILS, text)
+
+
+def alpha_noise(evidence: Evidence) -> Verdict:
+    """Alpha at t = 1, trained and at the start."""
+    import torch
+
+    from liquiddiff.relaxation import Liquid
+
+    start = Liquid(1).alpha(torch.ones(1), torch.empty(1, 0)).item()
+    trained = of_blocks(evidence, "baseline", "alpha_mean", 1.0)
+    least = of_blocks(evidence, "baseline", "alpha_min", 1.0).min()
+    text = f"alpha(1) is {start:g} at the start, {span(trained)} by block after training, least channel {least:.3f}"
+    return Verdict(HOLDS if trained.max() < 0.1 else FAILS, f"{text} ({seeds(evidence, 'baseline')})")
+
+
+def alpha_data(evidence: Evidence) -> Verdict:
+    """Alpha near t = 0, and what it leaves the mixer to learn from."""
+    near = of_blocks(evidence, "baseline", "alpha_mean", 0.05)
+    text = f"alpha(0.05) is {span(near)} by block ({seeds(evidence, 'baseline')})"
+    return Verdict(HOLDS if near.min() > 0.9 else FAILS, text + starved(evidence))
+
+
+def starved(evidence: Evidence) -> str:
+    """The mixer's gradient at t = 0.05, with and without the relaxation, in units of the block's other layers'."""
+    frame = evidence.dynamics
+    frame = frame[frame["t"] == 0.05].assign(share=frame["gradient_mixer"] / frame["gradient_rest"])
+    share = frame.groupby("arm")["share"].mean()
+    if not {"baseline", "no_relaxation"} <= set(share.index):
+        return ""
+    return (
+        f"; its price: at t = 0.05 the gradient of the mixer is {share['baseline']:.2%} of that of the block's other "
+        f"layers, against {share['no_relaxation']:.1%} without the relaxation"
+    )
+
+
+def steps(evidence: Evidence) -> Verdict:
+    """The most steps up to 50 against at least twice as many, on the same weights and noise."""
+    try:
+        room, arm = evidence.rows("sampling"), "euler_128"
+    except Missing:
+        room, arm = evidence.rows("relaxation"), "baseline"
+    words, texts = [], []
+    for place, (experiment, rows) in room.items():
+        mine = rows[(rows["arm"] == arm) & rows["seed"].isin(experiment.seeds)]
+        counts = sorted(int(n) for n in mine["nfe"].unique())
+        by_nfe = {n: tables.values_of(mine[mine["nfe"] == n], experiment, experiment.metric)[arm] for n in counts}
+        few = max((n for n in by_nfe if n <= 50 and 2 * n <= max(by_nfe)), default=0)
+        if not few:
+            continue
+        d = stats.paired(by_nfe[few], by_nfe[max(by_nfe)])
+        low, high = stats.interval(d)
+        word = stats.verdict(low, high, stats.p_value(d), experiment.margin, experiment.lower_is_better)
+        words.append({"worse": FAILS if few >= 25 else UNDECIDED, "undecided": UNDECIDED}.get(word, HOLDS))
+        means = ", ".join(f"{stats.mean_se(values.values())[0]:.3g} at {n}" for n, values in by_nfe.items() if n >= 8)
+        name = label(experiment.metric, str(mine["extractor"].iloc[0]))
+        cost = f"{few} steps against {max(by_nfe)}: {difference(float(d.mean()), low, high, len(d))} ({len(d)})"
+        texts.append(f"{place}, {arm}, {name} {means}; {cost}, {word}, margin {experiment.margin:g}")
+    if not texts:
+        raise Missing("the room sampling, or baselines measured at several step counts")
+    return Verdict(combine(words), ". ".join(texts))
+
+
+def data_sets(evidence: Evidence) -> Verdict:
+    """The number of images that a run's reference names."""
+    from analysis import cli
+
+    found: dict[str, int] = {}
+    for experiment in cli.rooms("all", evidence.root):
+        path = evidence.root / experiment.name / "results.csv"
+        for data, reference in pd.read_csv(path)[["data", "reference"]].dropna().to_numpy() if path.exists() else ():
+            found[data] = max(found.get(data, 0), int(str(reference).split("/")[1]))
+    if lacking := [data for data in IMAGES if data not in found]:
+        raise Missing(f"a run on {' and on '.join(lacking)}, which are downloaded")
+    gaps = {data: found[data] / count - 1 for data, count in IMAGES.items()}
+    text = ", ".join(f"{data} {found[data]} images ({gap:+.1%})" for data, gap in gaps.items())
+    return Verdict(HOLDS if max(map(abs, gaps.values())) <= 0.02 else FAILS, text)
+
+
+def novel(evidence: Evidence) -> Verdict:
+    """Nothing here can tell."""
+    raise Missing("a search of the literature; no experiment can tell")
+
+
+def arms(room: str, rule: Callable[[list[str]], str], *names: str) -> Callable[[Evidence], Verdict]:
+    """A rule on the verdicts of a room's arms."""
+    return lambda evidence: by_arms(evidence, room, names, rule)
+
+
+TIMES = ("logit_normal", "logit_normal_low", "u_shaped")
+RULES: dict[str, Callable[[Evidence], Verdict]] = {
+    "parameters": parameters,
+    "memory": memory,
+    "colab": colab,
+    "no_attention": no_attention,
+    "spatial_mixing": spatial_mixing,
+    "multi_scale": arms("spatial_mix", all_worse, "mix_7x7"),
+    "attention_not_needed": arms("mixer", none_better, "attention_params", "attention_macs"),
+    "more_than_convolution": arms("mixer", all_worse, "conv", "conv_gated"),
+    "parallel": parallel,
+    "ten_times_faster": ten_times_faster,
+    "as_good_as_the_ode": arms("mixer", none_better, "ltc", "ode"),
+    "closed_form": closed_form,
+    "time_is_the_gate": arms("gate", all_worse, "static_gate"),
+    "gate_earns": arms("gate", all_worse, "fixed_gate", "no_gate"),
+    "gate_half": gate_half,
+    "gate_saturates": gate_saturates,
+    "gate_places": gate_places,
+    "alpha_noise": alpha_noise,
+    "alpha_data": alpha_data,
+    "relaxation_adapts": arms("relaxation", all_worse, "constant_relaxation"),
+    "relaxation_earns": arms("relaxation", all_worse, "no_relaxation"),
+    "objective_suffices": arms("objective", none_better, *TIMES, "pseudo_huber", "predict_data", "predict_noise"),
+    "steps": steps,
+    "data_sets": data_sets,
+    "novel": novel,
+}

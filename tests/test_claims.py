@@ -1,0 +1,218 @@
+"""A verdict follows from data: each rule says `holds` for data that bear a claim out, `does not hold` for others."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from analysis import claim_rules, claims, cli
+from analysis.claim_rules import RULES
+from analysis.dynamics import COLUMNS
+from analysis.evidence import FAILS, HOLDS, UNDECIDED, Evidence, Missing, all_worse, combine, none_better
+from experiments.room import load_experiment
+
+SAME = {
+    "tier": "laptop",
+    "data": "digits",
+    "data_fingerprint": "f",
+    "images": 1,
+    "batch": 1,
+    "n": 9,
+    "reference": "f/9",
+}
+SAME |= {"extractor": "digits", "solver": "euler", "signature": "s", "commit": "c", "val_loss": 0.4}
+
+
+def room(root, name, values, nfe=32, **more):
+    """A results.csv in which each arm has these values of fd_pixel on seeds 0, 1, 2."""
+    folder, arms = root / name, root / "arms"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "experiment.yaml").write_text((cli.ROOMS / name / "experiment.yaml").read_text())
+    arms.mkdir(exist_ok=True)
+    for arm in load_experiment(cli.ROOMS / name).arms:
+        (arms / f"{arm}.yaml").touch()
+    counts = nfe if isinstance(nfe, list) else [nfe]
+    rows = [
+        SAME | {"arm": arm, "seed": seed, "nfe": n, "fd_pixel": value + 0.001 * seed} | more
+        for n in counts
+        for arm, value in (values if isinstance(nfe, int) else values[n]).items()
+        for seed in (0, 1, 2)
+    ]
+    pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
+    return Evidence(root)
+
+
+def dynamics(root, **values):
+    """A dynamics.csv of three blocks in which the baseline has these values at every t."""
+    rows = [
+        dict.fromkeys(COLUMNS) | SAME | {"arm": "baseline", "seed": seed, "layer": layer, "t": t} | values
+        for seed in (0, 1)
+        for layer in ("encoder.0.0", "middle.0", "decoder.0.0")
+        for t in (0.0, 0.05, 1.0)
+    ]
+    (root / "claims").mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows)[COLUMNS].to_csv(root / "claims" / "dynamics.csv", index=False)
+    return Evidence(root)
+
+
+def memory(root, gib):
+    """A memory.csv in which every size needs `gib` for each image of a batch."""
+    rows = [
+        {"size": size, "resolution": side, "batch": batch, "precision": "bf16", "checkpointing": again, "mib": mib}
+        for size, side in claim_rules.RESOLUTION.items()
+        for batch in (1, 8)
+        for again, mib in ((False, 1024 * gib * batch), (True, 1.0))
+    ]
+    (root / "cost").mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(root / "cost" / "memory.csv", index=False)
+    return Evidence(root)
+
+
+# {claim: (room, arms without the part)}
+EARNS = {
+    "multi_scale": ("spatial_mix", ["mix_7x7"]),
+    "more_than_convolution": ("mixer", ["conv", "conv_gated"]),
+    "time_is_the_gate": ("gate", ["static_gate"]),
+    "gate_earns": ("gate", ["fixed_gate", "no_gate"]),
+    "relaxation_adapts": ("relaxation", ["constant_relaxation"]),
+    "relaxation_earns": ("relaxation", ["no_relaxation"]),
+}
+TIMES = ["logit_normal", "logit_normal_low", "u_shaped"]
+NOT_NEEDED = {
+    "attention_not_needed": ("mixer", ["attention_params", "attention_macs"]),
+    "as_good_as_the_ode": ("mixer", ["ltc", "ode"]),
+    "objective_suffices": ("objective", [*TIMES, "pseudo_huber", "predict_data", "predict_noise"]),
+}
+
+
+@pytest.mark.parametrize("claim", EARNS)
+def test_a_part_earns_its_place_where_taking_it_out_is_worse(claim, tmp_path):
+    name, arms = EARNS[claim]
+    for shift, word in ((0.2, HOLDS), (0.0, FAILS), (-0.2, FAILS)):
+        verdict = RULES[claim](room(tmp_path, name, {"baseline": 0.3, **{arm: 0.3 + shift for arm in arms}}))
+        assert verdict.word == word
+        assert arms[0] in verdict.numbers
+    with pytest.raises(Missing, match=arms[0]):
+        RULES[claim](room(tmp_path, name, {"baseline": 0.3}))
+
+
+@pytest.mark.parametrize("claim", NOT_NEEDED)
+def test_what_replaces_may_not_lose(claim, tmp_path):
+    name, arms = NOT_NEEDED[claim]
+    for shift, word in ((0.2, HOLDS), (0.0, HOLDS), (-0.2, FAILS)):
+        values = {"baseline": 0.3} | {arm: 0.3 for arm in arms} | {arms[-1]: 0.3 + shift}
+        assert RULES[claim](room(tmp_path, name, values)).word == word
+
+
+def test_one_decided_arm_of_two_is_not_enough():
+    assert all_worse(["worse", "undecided"]) == none_better(["worse", "undecided"]) == UNDECIDED
+    assert all_worse(["worse", "equivalent"]) == none_better(["undecided", "better"]) == FAILS
+
+
+def test_tiers_that_disagree_leave_a_claim_undecided():
+    assert combine([HOLDS, UNDECIDED]) == HOLDS
+    assert combine([HOLDS, FAILS]) == combine([UNDECIDED]) == combine([]) == UNDECIDED
+
+
+OPEN = {"gate_mean": 0.5, "gate_far": 0.02, "gate_low": 0.0, "gate_high": 0.0, "gate_places": 0.2, "gate_sd": 0.1}
+SHUT = OPEN | {"gate_far": 0.4, "gate_low": 0.3, "gate_high": 0.4, "gate_places": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("claim", "holds", "fails"),
+    [
+        ("gate_half", OPEN, SHUT),
+        ("gate_saturates", SHUT, OPEN),
+        ("gate_places", OPEN, SHUT),
+        ("alpha_noise", {"alpha_mean": 0.05, "alpha_min": 0.01}, {"alpha_mean": 0.5, "alpha_min": 0.4}),
+        ("alpha_data", {"alpha_mean": 0.97}, {"alpha_mean": 0.5}),
+    ],
+)
+def test_what_the_liquid_parts_do(claim, holds, fails, tmp_path):
+    for values, word in ((holds, HOLDS), (fails, FAILS)):
+        verdict = RULES[claim](dynamics(tmp_path, **values))
+        assert verdict.word == word
+        assert "2 seeds of baseline" in verdict.numbers
+    with pytest.raises(Missing, match="dynamics"):
+        RULES[claim](Evidence(tmp_path / "empty"))
+
+
+def test_memory_is_that_of_the_claimed_resolution(tmp_path):
+    assert RULES["memory"](memory(tmp_path, 3.9)).word == HOLDS
+    assert RULES["memory"](memory(tmp_path, 4.1)).word == FAILS  # tiny's 4 GB
+    assert RULES["colab"](memory(tmp_path, 1.8)).word == HOLDS
+    assert RULES["colab"](memory(tmp_path, 2.0)).word == FAILS
+
+
+def test_steps(tmp_path):
+    few = {n: {"euler_128": 0.3} for n in (12, 24, 48, 96, 128)}
+    assert RULES["steps"](room(tmp_path, "sampling", few, [12, 24, 48, 96, 128])).word == HOLDS
+    assert RULES["steps"](room(tmp_path, "sampling", few | {48: {"euler_128": 0.5}}, [12, 24, 48, 128])).word == FAILS
+    # The baseline's own counts end at 32: 16 steps that suffice are an answer, 16 that do not say nothing of 25.
+    (tmp_path / "sampling" / "results.csv").unlink()
+    for value, word in ((0.31, HOLDS), (0.5, UNDECIDED)):
+        counts = {16: {"baseline": value}, 32: {"baseline": 0.3}}
+        assert RULES["steps"](room(tmp_path, "relaxation", counts, [16, 32])).word == word
+
+
+def test_data_sets_are_counted_by_the_reference(tmp_path):
+    with pytest.raises(Missing, match="afhq"):
+        RULES["data_sets"](room(tmp_path, "size", {"baseline": 0.3}, data="celebahq", reference="f/30000"))
+    for count, word in ((15_100, HOLDS), (15_803, FAILS)):
+        evidence = room(tmp_path, "objective", {"baseline": 0.3}, data="afhq", reference=f"f/{count}")
+        assert RULES["data_sets"](evidence).word == word
+
+
+def test_counts_and_traces(monkeypatch):
+    evidence = Evidence(cli.ROOMS)
+    assert RULES["parameters"](evidence).word == RULES["no_attention"](evidence).word == HOLDS
+    assert RULES["parallel"](evidence).word == HOLDS
+    assert RULES["spatial_mixing"](evidence).word == FAILS
+    monkeypatch.setitem(claim_rules.PARAMETERS, "base", 40e6)
+    assert RULES["parameters"](evidence).word == FAILS
+    monkeypatch.setattr(claim_rules, "operators", lambda mixer, side=16: ["aten.bmm"] * side)
+    assert RULES["no_attention"](evidence).word == RULES["parallel"](evidence).word == FAILS
+
+
+def test_the_closed_form_is_no_solution_but_an_exponential_is():
+    assert RULES["closed_form"](Evidence(cli.ROOMS)).word == FAILS
+    assert claim_rules.closed_form(Evidence(cli.ROOMS), lambda a: np.exp(-a)).word == HOLDS
+
+
+def test_novelty_is_not_for_experiments():
+    with pytest.raises(Missing, match="literature"):
+        RULES["novel"](Evidence(cli.ROOMS))
+
+
+def test_every_claim_has_a_rule_and_the_committed_pages_say_what_the_data_say():
+    assert set(yaml.safe_load((cli.ROOMS / "claims" / "claims.yaml").read_text())) == set(RULES)
+    assert claims.main(["--check"]) == 0
+
+
+def test_the_pages_are_written_where_they_belong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claim_rules, "RULES", {"alpha_data": RULES["alpha_data"], "novel": RULES["novel"]})
+    root = tmp_path / "experiments"
+    dynamics(root, alpha_mean=0.97)
+    claim = {"claim": "A.", "test": "B.", "command": "c"}
+    (root / "claims" / "claims.yaml").write_text(yaml.safe_dump({"alpha_data": claim, "novel": claim}, sort_keys=False))
+    (tmp_path / "README.md").write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
+    assert claims.main(["--check"], root) == 1
+    assert claims.main([], root) == 0
+    assert "HOLDS  A." in capsys.readouterr().out
+    assert claims.main(["--check"], root) == 0
+    text = (root / "claims" / "README.md").read_text()
+    assert "## alpha_data: holds" in text
+    assert "needs a search of the literature" in text
+    main = (tmp_path / "README.md").read_text()
+    assert main.startswith("before\n")
+    assert main.endswith("after\n")
+    assert "[A](experiments/claims/README.md#alpha_data-holds)" in main
+    dynamics(root, alpha_mean=0.5)  # the data change, the pages have not
+    assert claims.main(["--check"], root) == 1
+
+
+def test_a_claim_without_a_rule_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "claims.yaml").write_text("alpha_dada: {claim: a, test: b, command: c}\n")
+    with pytest.raises(claims.BadInput, match="Did you mean alpha_data"):
+        claims.judge(tmp_path)
