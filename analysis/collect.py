@@ -1,4 +1,5 @@
-"""From runs to evidence: write each room's results.csv, one row a run and NFE, and the floor as arm `real`.
+"""From runs to evidence: write each room's results.csv, one row a run and NFE, and the floor as arm `real`; and, for
+the figures, curves.csv and samples/ (analysis/curves.py).
 
     python -m analysis.collect [experiment=ROOM|all] [out=DIR] [tracking_uri=URI]
 
@@ -15,12 +16,12 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import cli
+from analysis import cli, curves
 from analysis.runs import SCORES, Found, from_folders, from_mlflow
 from liquiddiff.config import BadInput
 
@@ -136,22 +137,21 @@ def merge(old: Iterable[Row], new: Iterable[Row], experiment: "Experiment") -> l
     return sorted((row for rows in (runs | fresh).values() for row in rows), key=order)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """The rows of a results.csv as they stand there; none where there is no file. Raises BadInput for other columns."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames and set(reader.fieldnames) - set(COLUMNS):
-            strange = sorted(set(reader.fieldnames) - set(COLUMNS))
+        if strange := sorted(set(reader.fieldnames or ()) - set(columns)):
             raise BadInput(f"{path} has columns that this version does not know: {', '.join(strange)}")
-        return [{column: row.get(column) or "" for column in COLUMNS} for row in reader]
+        return [{column: row.get(column) or "" for column in columns} for row in reader]
 
 
-def write(path: Path, rows: list[Row]) -> bool:
+def write(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> bool:
     """Write results.csv, by atomic replace; False where it says so already."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     if path.exists() and path.read_text() == buffer.getvalue():
@@ -163,7 +163,7 @@ def write(path: Path, rows: list[Row]) -> bool:
 
 
 def collect(found: list[Found], experiment: "Experiment", folder: Path, signature_of: Signature = composed) -> None:
-    """Bring one room's results.csv up to date and say in a few lines what happened."""
+    """Bring one room's results.csv, curves.csv and samples/ up to date; say in a few lines what happened."""
     runs, others = belonging(found, experiment, signature_of)
     path = folder / "results.csv"
     old = read(path)
@@ -181,6 +181,12 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, signatur
     if mixed:
         print(f"{experiment.name}: seeds of one arm ran under several signatures: {'; '.join(mixed)}")
     changed = write(path, rows)
+    curve_path = folder / "curves.csv"
+    points = [point for each in runs for point in curves.curve_of(each)]
+    if points:
+        kept = read(curve_path, curves.COLUMNS)
+        changed |= write(curve_path, curves.merge(kept, points, experiment), curves.COLUMNS)
+    changed |= bool(curves.write_strips(runs, folder))
     count = Counter(row["arm"] for row in {(r["tier"], r["data"], r["arm"], r["seed"]): r for r in rows}.values())
     del count["real"]
     missing = [arm for arm in experiment.arms if not count[arm]]

@@ -136,11 +136,11 @@ def escape(text: str) -> str:
     return text
 
 
-def place(text: str, body: str, where: str, name: str = "") -> str:
+def place(text: str, body: str, where: str, name: str = "", kind: str = "table") -> str:
     """`text` with `body` between its markers. Raises BadInput where they are not there, once each and in order."""
     middle = f":{name}" if name else ""
-    begin, end = (f"<!-- table{middle}:{edge} -->" for edge in ("begin", "end"))
+    begin, end = (f"<!-- {kind}{middle}:{edge} -->" for edge in ("begin", "end"))
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise BadInput(f"{where} must have the lines {begin} and {end} once each, where the table belongs")
+        raise BadInput(f"{where} must have the lines {begin} and {end} once each, in their place")
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n{body}\n{end}{after}"

@@ -31,6 +31,7 @@ class Found:
     facts: Row
     evaluations: list[Row]  # nfe, n, extractor, solver, reference and SCORES
     floor: Row | None  # n, reference_n and SCORES
+    folder: Path | None = None  # where it was read from one
 
     @property
     def started(self) -> float:
@@ -75,7 +76,7 @@ def _from_folder(folder: Path, signature: str) -> Found:
     for key in ("loss", "val_loss"):
         facts[key] = next((row[key] for row in reversed(rows) if key in row), None)
     floor = next((row for row in rows if row.get("floor")), None)
-    return Found(run, signature, run.signature(), facts, record.evaluations(), floor)
+    return Found(run, signature, run.signature(), facts, record.evaluations(), floor, folder)
 
 
 def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:

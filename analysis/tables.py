@@ -44,15 +44,24 @@ def load(folder: Path) -> pd.DataFrame:
 
 def tables_of(folder: Path, experiment: "Experiment") -> list[Table]:
     """A room's tables, the laptop tier's first. Raises BadInput for rows that cannot be compared."""
-    frame = load(folder)
-    groups = sorted(frame.groupby(["tier", "data"]), key=lambda item: (rank(str(item[0][0])), item[0]))
     tuned = tuned_arms(folder, experiment)
     texts = {arm: what_it_changes(folder.parent, arm) for arm in experiment.arms}
-    tables = []
-    for k, ((tier, data), rows) in enumerate(groups):
-        slug = experiment.name if k == 0 else f"{experiment.name}-{tier}-{data}"
-        tables.append(table_of(rows, experiment.at(str(tier)), texts, tuned, f"{tier} tier, {data}", slug))
-    return tables
+    groups = groups_of(load(folder), experiment)
+    return [table_of(rows, each, texts, tuned, title, slug) for title, slug, each, rows in groups]
+
+
+def groups_of(frame: pd.DataFrame, experiment: "Experiment") -> list[tuple[str, str, "Experiment", pd.DataFrame]]:
+    """(title, slug, the experiment as the tier has it, rows) of each tier and data set, the laptop tier's first."""
+    groups = sorted(frame.groupby(["tier", "data"]), key=lambda item: (rank(str(item[0][0])), item[0]))
+    return [
+        (
+            f"{tier} tier, {data}",
+            experiment.name if k == 0 else f"{experiment.name}-{tier}-{data}",
+            experiment.at(str(tier)),
+            rows,
+        )
+        for k, ((tier, data), rows) in enumerate(groups)
+    ]
 
 
 def rank(tier: str) -> int:
