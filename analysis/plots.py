@@ -21,7 +21,7 @@ from analysis import cli, style
 from liquiddiff.config import BadInput
 
 if TYPE_CHECKING:
-    from analysis.figures import View
+    from analysis.views import View
 
 PAD, SIDE = 16, 512  # of a sheet: an image's side over its white frame, and pixels a side
 
@@ -109,20 +109,20 @@ def figures_markdown(views: list["View"]) -> str:
 
 def main(argv: list[str], root: Path = cli.ROOMS) -> int:
     """Entry point; returns the exit status."""
-    from analysis import figures, render  # late: a run draws its own pictures only
+    from analysis import figures, render, views  # late: a run draws its own pictures only
 
     values, flags = cli.arguments(argv, {"experiment": "all"}, ("--check",))
     out, stale = root.parent / "paper/figures", []
     for experiment in cli.rooms(values["experiment"], root):
         folder = root / experiment.name
         try:
-            views = figures.views_of(folder, experiment)
+            found = views.views_of(folder, experiment)
         except BadInput as error:
             if values["experiment"] != "all" or "no rows yet" not in str(error):
                 raise
             print(error)
             continue
-        for view in views:
+        for view in found:
             for kind in figures.drawable(view):
                 path = out / f"{view.slug}-{kind}.svg"
                 if flags:
@@ -131,13 +131,13 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
                     figures.draw(view, kind, path)
         readme = folder / "README.md"
         text = readme.read_text() if readme.exists() else ""
-        placed = render.place(text, figures_markdown(views), str(readme), kind="figures")
+        placed = render.place(text, figures_markdown(found), str(readme), kind="figures")
         if placed != text and flags:
             stale.append(readme)
         elif placed != text:
             readme.write_text(placed)
         if not flags:
-            print(f"{experiment.name}: {sum(len(figures.drawable(view)) for view in views)} figures in {out}")
+            print(f"{experiment.name}: {sum(len(figures.drawable(view)) for view in found)} figures in {out}")
     if stale:
         print(f"not of today's results: {', '.join(map(str, stale))}; python -m analysis.plots", file=sys.stderr)
     return 1 if stale else 0

@@ -10,7 +10,7 @@ from PIL import Image
 from test_collect import ROOM, make, signature_of
 from test_tables import fill, make_room, results
 
-from analysis import collect, curves, figures, plots, runs, style
+from analysis import collect, curves, figures, plots, runs, style, views
 from experiments.room import load_experiment
 from liquiddiff.config import BadInput, Run
 
@@ -44,8 +44,8 @@ def root(tmp_path):
     return root
 
 
-def view_of(root: Path) -> figures.View:
-    (view,) = figures.views_of(root / "room", load_experiment(root / "room"))
+def view_of(root: Path) -> views.View:
+    (view,) = views.views_of(root / "room", load_experiment(root / "room"))
     return view
 
 
@@ -97,8 +97,8 @@ def test_curves_are_named_where_they_end_and_paired_by_seed(root):
     figure = figures.nfe(view_of(root))
     above, below = figure.axes
     assert set(texts(figure)) - {"baseline", "good", "bad", "alike"} == {"real against real (n=898): 0.28"}
-    of = figures.series(view_of(root).rows, "nfe", "fd_pixel")
-    relative = figures.against(of, "baseline", True)
+    of = views.series(view_of(root).rows, "nfe", "fd_pixel")
+    relative = views.against(of, "baseline", True)
     assert relative["baseline"][0] == {1.0: 1.0, 8.0: 1.0, 32.0: 1.0}
     assert relative["good"][2][32.0] == pytest.approx(of["good"][2][32.0] / of["baseline"][2][32.0])
     line = next(line for line in below.lines if line.get_color() == style.looks(view_of(root).arms)["good"]["color"])
@@ -107,15 +107,15 @@ def test_curves_are_named_where_they_end_and_paired_by_seed(root):
 
 
 def test_a_cost_that_is_matched_is_no_axis(root):
-    assert [name.split(" (")[0] for name in figures.costs(view_of(root))] == ["training ms an image"]
+    assert [name.split(" (")[0] for name in views.costs(view_of(root))] == ["training ms an image"]
     ((axes,),) = [figures.cost(view_of(root)).axes]
     assert axes.get_xlabel().endswith("(a CPU, 2 threads)")
 
 
 def test_the_front_holds_whatever_nothing_beats():
     points = {"cheap": (1.0, 5.0), "good": (3.0, 1.0), "beaten": (2.0, 6.0), "middle": (2.0, 3.0), "dear": (9.0, 1.0)}
-    assert figures.pareto(points) == [(1.0, 5.0), (2.0, 3.0), (3.0, 1.0)]
-    assert figures.pareto(points, lower_is_better=False) == [(1.0, 5.0), (2.0, 6.0)]
+    assert views.pareto(points) == [(1.0, 5.0), (2.0, 3.0), (3.0, 1.0)]
+    assert views.pareto(points, lower_is_better=False) == [(1.0, 5.0), (2.0, 6.0)]
 
 
 def test_runs_of_another_configuration_lend_no_curve_and_no_sample(root):
