@@ -13,15 +13,23 @@ Coverage of nominal 95 %, 1,500 simulations each (tests/test_stats.py repeats it
        3               0.74       0.95              0.96                      0.90
        5               0.83       0.95              0.95                      0.89
       10               0.91       0.96              0.95                      0.91
+
+The p value is that of a moderated paired t test (Smyth 2004, doi:10.2202/1544-6115.1027, as in limma): with 3 seeds an
+arm's own variance is known too badly to survive a correction over ten arms, so it is shrunk towards that of the room's
+other arms, the more so the more alike they are. Its degrees of freedom are capped at what the pooled variance is
+worth, given that all differences share the baseline. Where all arms equal the baseline, 2 to 6 % of rooms call any of
+them better or worse, and up to 8 % where the arms' variances differ by factors of four; a difference of four standard
+deviations of one seed is found in 60 % of rooms of 11 arms with 3 seeds, against 12 % by each arm's own t test.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from scipy.optimize import brentq
 
 from liquiddiff.config import BadInput
@@ -40,7 +48,7 @@ class Difference:
     mean: float  # arm minus baseline; nan at n = 0
     low: float  # 95 % interval; nan below two seeds
     high: float
-    p: float  # paired t test, uncorrected
+    p: float  # moderated paired t test, uncorrected
     holm: float  # the same, corrected over the room's arms
     improvement: float  # probability that a seed of the arm beats a seed of the baseline
     verdict: str  # better, worse, equivalent, undecided
@@ -60,10 +68,15 @@ def paired(arm: Values, baseline: Values) -> np.ndarray:
     return np.array([arm[s] - baseline[s] for s in both], dtype=float)
 
 
+@cache
+def draws(n: int, resamples: int) -> np.ndarray:
+    """Which of n differences each resample takes, (resamples, n). RandomState: its stream never changes."""
+    return np.random.RandomState(0).randint(0, n, (resamples, n))
+
+
 def percentile_interval(differences: np.ndarray) -> tuple[float, float]:
-    """The plain bootstrap interval, which covers too little with few seeds. RandomState: its stream never changes."""
-    n = len(differences)
-    means = differences[np.random.RandomState(0).randint(0, n, (RESAMPLES, n))].mean(1)
+    """The plain bootstrap interval, which covers too little with few seeds."""
+    means = differences[draws(len(differences), RESAMPLES)].mean(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -81,15 +94,44 @@ def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(min(low, mean - half)), float(max(high, mean + half))
 
 
-def p_value(differences: Sequence[float] | np.ndarray) -> float:
-    """Two-sided paired t test; nan below two seeds."""
+def p_value(differences: Sequence[float] | np.ndarray, spread: tuple[float, float] | None = None) -> float:
+    """Two-sided paired t test, with the (variance, degrees of freedom) of `moderated` if given; nan below two seeds."""
     d = np.asarray(differences, dtype=float)
     if len(d) < 2:
         return math.nan
-    se = d.std(ddof=1) / math.sqrt(len(d))
-    if se == 0:
+    variance, df = spread or (float(d.var(ddof=1)), len(d) - 1)
+    if variance == 0:
         return 0.0 if d.mean() else 1.0
-    return float(2 * stats.t.sf(abs(d.mean()) / se, len(d) - 1))
+    return float(2 * stats.t.sf(abs(d.mean()) / math.sqrt(variance / len(d)), df))
+
+
+def moderated(differences: Sequence[np.ndarray]) -> list[tuple[float, float]]:
+    """(variance, degrees of freedom) of each arm's paired difference, shrunk towards the arms' common variance.
+
+    Smyth 2004, section 6.2: the prior's degrees of freedom and variance from the mean and spread of the log variances.
+    Arms with fewer than two pairs, or no variance, keep their own. Below two arms nothing is shrunk.
+    """
+    own = [(float(d.var(ddof=1)), len(d) - 1) if len(d) > 1 else (math.nan, 0) for d in differences]
+    known = np.array([(v, df) for v, df in own if df and v > 0])
+    if len(known) < 2:
+        return [(v, float(df)) for v, df in own]
+    variance, df = known.T
+    e = np.log(variance) - special.digamma(df / 2) + np.log(df / 2)
+    spread = float(e.var(ddof=1) - special.polygamma(1, df / 2).mean())
+    if spread > 1e-6:
+        prior_df = 2 * float(brentq(lambda y: special.polygamma(1, y) - spread, 1e-6, 1e7))
+        prior = math.exp(e.mean() + special.digamma(prior_df / 2) - math.log(prior_df / 2))
+    else:
+        prior_df, prior = math.inf, float((df * variance).sum() / df.sum())
+    worth = float(df.sum()) / (1 + (len(df) - 1) / 4)  # variances of two differences from one baseline correlate by 1/4
+    result = []
+    for v, n in own:
+        if not n or v == 0:
+            result.append((v, float(n)))
+        else:
+            shrunk = prior if math.isinf(prior_df) else (prior_df * prior + n * v) / (prior_df + n)
+            result.append((shrunk, max(float(n), min(prior_df + n, worth))))
+    return result
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -135,7 +177,8 @@ def compare(
     arms = [arm for arm in values if arm != baseline]
     base = values.get(baseline, {})
     differences = {arm: paired(values[arm], base) for arm in arms}
-    p = [p_value(differences[arm]) for arm in arms]
+    spreads = moderated([differences[arm] for arm in arms])
+    p = [p_value(differences[arm], spread) for arm, spread in zip(arms, spreads, strict=True)]
     result = {}
     for arm, raw, corrected in zip(arms, p, holm(p), strict=True):
         d = differences[arm]
@@ -154,42 +197,52 @@ def compare(
 
 
 def best(values: Mapping[str, Values], lower_is_better: bool = True) -> set[str]:
-    """The arm of the best mean and those not significantly worse (paired t, Holm, 5 %); one seed takes no part."""
+    """The arm of the best mean and those not significantly worse (moderated t, Holm); one seed takes no part."""
     sign = 1 if lower_is_better else -1
     means = {arm: sign * mean for arm, x in values.items() for mean, _, n in [mean_se(x.values())] if n > 1}
     if not means:
         return set()
     first = min(means, key=lambda arm: means[arm])
     others = [arm for arm in means if arm != first]
-    worse = holm([p_value(paired(values[arm], values[first])) for arm in others])
+    differences = [paired(values[arm], values[first]) for arm in others]
+    worse = holm([p_value(d, spread) for d, spread in zip(differences, moderated(differences), strict=True)])
     return {first} | {arm for arm, p in zip(others, worse, strict=True) if p >= ALPHA}
 
 
-def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int]:
-    """SD of a paired difference, pooled over the arms, and the fewest pairs; (nan, 0) where no arm has two pairs."""
+def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int, int]:
+    """SD of a paired difference, pooled over the arms; the fewest pairs; how many arms have two. (nan, 0, 0): none."""
     pairs = [d for arm in values if arm != baseline and len(d := paired(values[arm], values.get(baseline, {}))) > 1]
     if not pairs:
-        return math.nan, 0
+        return math.nan, 0, 0
     squares = sum(float(((d - d.mean()) ** 2).sum()) for d in pairs)
-    return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), min(map(len, pairs))
+    return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), min(map(len, pairs)), len(pairs)
 
 
-def power(shift: float, n: int, alpha: float = ALPHA) -> float:
-    """Power of the two-sided paired t test at n seeds, for a true difference of `shift` standard errors.
+def power(shift: float, df: float, alpha: float = ALPHA) -> float:
+    """Power of the two-sided t test with `df` degrees of freedom, for a true difference of `shift` standard errors.
 
-    The noncentral t as an average over the quantiles of the sample SD: scipy's own fails at n = 2.
+    The noncentral t as an average over the quantiles of the sample SD: scipy's own fails at one degree of freedom.
     """
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)
-    sd = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
+    critical = stats.t.ppf(1 - alpha / 2, df)
+    sd = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, df) / df)
     return float((stats.norm.cdf(shift - critical * sd) + stats.norm.cdf(-shift - critical * sd)).mean())
 
 
-def detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
-    """The smallest difference that n seeds show with 80 % power; nan where n < 2 or the spread is unknown."""
+def detectable(sd: float, n: int, arms: int = 1) -> float:
+    """The smallest difference that n seeds show with 80 % power in a room of `arms` that vary alike.
+
+    It must pass both halves of the verdict: Holm's hardest step with the moderated variance, and an interval of its own
+    that excludes zero. nan where n < 2 or the spread is unknown.
+    """
     if n < 2 or not math.isfinite(sd):
         return math.nan
-    top = 6 * stats.t.ppf(1 - alpha / 2, n - 1)  # standard errors: enough for every n
-    return float(brentq(lambda shift: power(shift, n, alpha) - POWER, 0, top, xtol=1e-6) * sd / math.sqrt(n))
+    pooled = max(n - 1, arms * (n - 1) / (1 + (arms - 1) / 4))  # as in `moderated`
+
+    def least(df: float, alpha: float) -> float:
+        top = 6 * stats.t.ppf(1 - alpha / 2, df)  # standard errors: enough for every n
+        return float(brentq(lambda shift: power(shift, df, alpha) - POWER, 0, top, xtol=1e-6))
+
+    return max(least(pooled, ALPHA / arms), least(n - 1, ALPHA)) * sd / math.sqrt(n)
 
 
 def plain(value: Any) -> str:

@@ -44,10 +44,12 @@ def load(folder: Path) -> pd.DataFrame:
 
 def tables_of(folder: Path, experiment: "Experiment") -> list[Table]:
     """A room's tables, the laptop tier's first. Raises BadInput for rows that cannot be compared."""
-    tuned = tuned_arms(folder, experiment)
     texts = {arm: what_it_changes(folder.parent, arm) for arm in experiment.arms}
     groups = groups_of(load(folder), experiment)
-    return [table_of(rows, each, texts, tuned, title, slug) for title, slug, each, rows in groups]
+    return [
+        table_of(rows, each, texts, tuned_arms(folder.parent, each, str(rows["tier"].iloc[0])), title, slug)
+        for title, slug, each, rows in groups
+    ]
 
 
 def groups_of(frame: pd.DataFrame, experiment: "Experiment") -> list[tuple[str, str, "Experiment", pd.DataFrame]]:
@@ -77,12 +79,12 @@ def what_it_changes(root: Path, arm: str) -> str:
     return "nothing: the baseline"
 
 
-def tuned_arms(folder: Path, experiment: "Experiment") -> set[str]:
-    """Arms with the same learning-rate grid (two rates or more) as the first, by learning_rates.csv (arm, lr, ...)."""
-    path = folder / "learning_rates.csv"
-    if not path.exists():
-        return set()
-    grids = {str(arm): set(rows["lr"]) for arm, rows in pd.read_csv(path).groupby("arm")}
+def tuned_arms(root: Path, experiment: "Experiment", tier: str) -> set[str]:
+    """Arms with the same learning-rate grid (two rates or more) as the first, by any room's learning_rates.csv."""
+    grids: dict[str, set[float]] = {}
+    for path in sorted(root.glob("*/learning_rates.csv")):
+        trials = pd.read_csv(path)
+        grids |= {str(arm): set(rows["lr"]) for arm, rows in trials[trials["tier"] == tier].groupby("arm")}
     first = grids.get(experiment.arms[0], set())
     return {arm for arm, grid in grids.items() if grid == first and len(grid) > 1}
 
@@ -182,15 +184,14 @@ def floor_line(
     return cells
 
 
-def note_of(runs: pd.DataFrame, experiment: "Experiment", spread: tuple[float, int]) -> str:
+def note_of(runs: pd.DataFrame, experiment: "Experiment", spread: tuple[float, int, int]) -> str:
     """The protocol, the devices, the command, and what the seeds could have shown."""
 
     def of(column: str) -> str:
         return ", ".join(sorted({stats.plain(value) for value in runs[column].dropna()})) or "?"
 
-    name, (sd, seeds) = experiment.name, spread
-    tests = max(1, len(experiment.arms) - 1)
-    least = stats.detectable(sd, seeds, stats.ALPHA / tests)
+    name, (sd, seeds, tests) = experiment.name, spread
+    least = stats.detectable(sd, seeds, tests)
     shows = f"{least:.2g}" if math.isfinite(least) else "unknown, with fewer than two seeds in each arm"
     return (
         f"Mean ± SE (seeds); bold: the best and what is not significantly worse. n={of('n')}, {experiment.nfe} NFE, "

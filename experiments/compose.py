@@ -5,6 +5,7 @@ typo is answered in a second.
 """
 
 import copy
+import itertools
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,7 @@ def check_overrides(overrides: list[str]) -> dict[str, str]:
         key, value = override.key_or_group, override.value()
         choose("key", key, keys)
         if override.is_sweep_override():
-            raise BadInput(f"{override.input_line}: only ablation= and seed= take a list a,b,c")
+            raise BadInput(f"{override.input_line}: only ablation=, seed= and optim.lr= take a list a,b,c")
         if key in groups():
             chosen[key] = choose(
                 {"ablation": "arm", "data": "data set", "model": "size"}.get(key, key), str(value), groups()[key]
@@ -114,11 +115,11 @@ def _one(overrides: tuple[str, ...], _arms: tuple[tuple[str, Path], ...]) -> Lau
 
 
 def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
-    """The launch and its runs: one, or the grid of ablation=a,b and seed=0,1, or of experiment=ROOM|all.
+    """The launch and its runs: one, or the grid of ablation=a,b, seed=0,1, optim.lr=1e-3,2e-3, or experiment=ROOM|all.
 
     Runs that several rooms share occur once. Raises BadInput.
     """
-    sweeps = {"ablation": [""], "seed": [""]}
+    sweeps = {"ablation": [""], "seed": [""], "optim.lr": [""]}
     rest = []
     for override in overrides:
         key, _, values = override.partition("=")
@@ -150,8 +151,9 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
     launch: Launch | None = None
     runs: dict[str, Run] = {}
     for extra, chosen, seeds in cells:
-        for arm in chosen:
-            arm_overrides = [*extra, *rest, *([f"ablation={arm}"] if arm else [])]
+        for arm, lr in itertools.product(chosen, sweeps["optim.lr"]):
+            rate = [f"optim.lr={lr}"] if lr else []
+            arm_overrides = [*extra, *rest, *rate, *([f"ablation={arm}"] if arm else [])]
             composed = one([*arm_overrides, *([f"seed={seeds[0]}"] if seeds[0] else [])])
             launch = launch or composed
             for seed in seeds:

@@ -120,15 +120,16 @@ def test_the_note_holds_protocol_command_and_power(root):
     note = one(root).note
     for text in (
         "n=1797,", "32 NFE", "solver euler", "extractor digits", "0071/1797", "a CPU, 2 threads", "150000 images",
-        "experiment=room", "margin: 0.03", "5 seeds show", "over 4 arms", "untuned",
+        "experiment=room", "margin: 0.03", "5 seeds show", "over 3 arms", "untuned",
     ):  # fmt: skip
         assert text in note
 
 
 def test_tuned_arms_are_those_with_the_same_grid(root):
     fill(root, results())
-    grid = "arm,lr,val_loss\nbaseline,0.001,0.3\nbaseline,0.002,0.2\ngood,0.002,0.3\ngood,0.001,0.2\nbad,0.001,0.3\n"
-    (root / "room/learning_rates.csv").write_text(grid)
+    grid = {"baseline": (0.001, 0.002), "good": (0.002, 0.001), "bad": (0.001,)}
+    lines = [f"{tier},{arm},{lr}" for tier in ("laptop", "hour") for arm, rates in grid.items() for lr in rates]
+    (root / "room/learning_rates.csv").write_text("\n".join(["tier,arm,lr", *lines, "hour,bad,0.002"]))
     names = [line[0].text for line in one(root).rows]
     assert names == ["baseline", "good", "bad †", "alike †", "absent †", "real"]
 

@@ -1,0 +1,74 @@
+"""Learning rates, chosen for every mixer by one rule: of the same three, the lowest held-out loss on seed 0.
+
+    python experiments/run.py experiment=mixer seed=0 optim.lr=2e-3,4e-3,8e-3 jobs=2
+    python -m analysis.learning_rates [experiment=mixer] [out=DIR] [seed=0]
+
+Writes the room's learning_rates.csv (tier, data, arm, lr, seed, images, val_loss, fd, chosen), keeping rows of runs
+that are no longer here, and says which arm's YAML does not have its chosen rate yet.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from analysis import cli
+from analysis.runs import Found, from_folders
+from liquiddiff.config import BadInput
+
+if TYPE_CHECKING:
+    from liquiddiff.config import Run
+
+FILE = "learning_rates.csv"
+KEY = ["tier", "data", "arm", "lr", "seed"]
+
+
+def choose(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials in order, with `chosen` marking each arm's lowest val_loss; a tie goes to the lower rate."""
+    trials = trials.sort_values([*KEY[:3], "val_loss", "lr"])
+    trials["chosen"] = ~trials.duplicated(KEY[:3])
+    return trials.sort_values(KEY).reset_index(drop=True)
+
+
+def trial(found: Found, today: "Run", nfe: float) -> dict[str, object] | None:
+    """A row, where the run is today's arm in everything but the learning rate."""
+    run = found.run
+    if replace(today, optim=replace(today.optim, lr=run.optim.lr)).signature() != found.today:
+        return None
+    scores = next((row for row in found.evaluations if row["nfe"] == nfe), {})
+    place = {"tier": run.tier, "data": run.data.name, "arm": run.arm, "lr": run.optim.lr, "seed": run.seed}
+    return {**place, "images": run.optim.images, "val_loss": found.facts["val_loss"], "fd": scores.get("fd")}
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    from experiments import compose
+
+    values, _ = cli.arguments(argv, {"experiment": "mixer", "out": "runs", "seed": "0"})
+    for experiment in cli.rooms(values["experiment"]):
+        path = cli.ROOMS / experiment.name / FILE
+        today = {
+            arm: compose.as_run(compose.one([*experiment.overrides, f"ablation={arm}"])) for arm in experiment.arms
+        }
+        found = [f for f in from_folders(Path(values["out"]), today.__contains__) if str(f.run.seed) == values["seed"]]
+        rows = [row for f in found if (row := trial(f, today[f.run.arm], experiment.nfe))]
+        old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+        trials = pd.concat([frame for frame in (old, pd.DataFrame(rows)) if len(frame)] or [old])
+        if trials.empty:
+            if values["experiment"] == "all":
+                continue
+            raise BadInput(f"no finished run of experiment={experiment.name} under {values['out']}; run the grid first")
+        trials = choose(trials.drop_duplicates(KEY, keep="last"))
+        trials.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        print(trials.to_string(index=False))
+        best = trials[trials["chosen"]]
+        for arm, lr in zip(best["arm"], best["lr"], strict=True):
+            if arm in today and today[arm].optim.lr != lr:
+                print(f"{arm}: trained at {today[arm].optim.lr:g}, chosen {lr:g}: its YAML needs optim: {{lr: {lr:g}}}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, __doc__))

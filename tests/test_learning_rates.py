@@ -1,0 +1,60 @@
+"""Learning rates are chosen by one rule, from comparable trials, and every arm trains at the one that was chosen."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from analysis import learning_rates
+from analysis.runs import Found
+from experiments import compose
+from experiments.room import ROOT
+
+FILES = sorted(ROOT.glob("*/learning_rates.csv"))
+
+
+def found(run, val_loss):
+    facts = {"val_loss": val_loss}
+    return Found(run, run.signature(), run.signature(), facts, [{"nfe": 32, "fd": 2 * val_loss}], None)
+
+
+def test_the_lowest_held_out_loss_is_chosen_and_ties_go_to_the_lower_rate():
+    place = {"tier": "laptop", "data": "digits", "seed": 0}
+    losses = {"a": (0.5, 0.4, 0.6), "b": (0.3, 0.3, 0.4)}
+    rows = [
+        {**place, "arm": arm, "lr": lr, "val_loss": loss}
+        for arm in losses
+        for lr, loss in zip((1, 2, 3), losses[arm], strict=True)
+    ]
+    trials = learning_rates.choose(pd.DataFrame(rows[::-1]))
+    assert trials[trials["chosen"]][["arm", "lr"]].values.tolist() == [["a", 2], ["b", 1]]
+    assert trials["lr"].tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_trial_differs_from_the_arm_in_its_rate_alone():
+    today = compose.plan(["ablation=conv"])[1][0]
+    other = replace(today, optim=replace(today.optim, lr=1e-5))
+    assert learning_rates.trial(found(other, 0.4), today, 32) == {
+        "tier": "laptop", "data": "digits", "arm": "conv", "lr": 1e-5, "seed": 0,
+        "images": today.optim.images, "val_loss": 0.4, "fd": 0.8,
+    }  # fmt: skip
+    shorter = replace(other, optim=replace(other.optim, images=640))
+    assert learning_rates.trial(found(shorter, 0.4), today, 32) is None
+
+
+def test_a_grid_of_rates_is_one_command():
+    runs = compose.plan(["ablation=baseline,conv", "optim.lr=2e-3,4e-3", "seed=0"])[1]
+    assert [(run.arm, run.optim.lr) for run in runs] == [
+        ("baseline", 2e-3), ("baseline", 4e-3), ("conv", 2e-3), ("conv", 4e-3),
+    ]  # fmt: skip
+    assert len({run.name for run in runs}) == 4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_arm_trains_at_its_chosen_rate(path):
+    trials = pd.read_csv(path)
+    assert learning_rates.choose(trials.drop(columns="chosen"))["chosen"].tolist() == trials["chosen"].tolist()
+    for arm, rows in trials.groupby("arm"):
+        if len(rows) > 1:
+            run = compose.plan([f"ablation={arm}"])[1][0]
+            assert run.optim.lr == rows[rows["chosen"]]["lr"].item()
