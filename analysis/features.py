@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from liquiddiff import distributed
 from liquiddiff.config import BadInput, choose
 from liquiddiff.data import ImageData
 
@@ -169,15 +170,27 @@ def load_extractor(name: str, weights: str | None, device: torch.device) -> Feat
     return Features(name, net, device)
 
 
-def reference_features(extractor: Features, images: ImageData, cache: str | Path) -> Tensor:
-    """(M, D): every image of the set, train and held-out, never augmented; computed once for each cache."""
+def reference_features(extractor: Features, images: ImageData, cache: str | Path, together: bool = False) -> Tensor:
+    """(M, D): every image of the set, train and held-out, never augmented; computed once for each cache.
+
+    `together`, every process of a run calls it, each computes its part, and process 0 alone gets the features.
+    """
     path, total = cache_path(extractor, images, cache, ".npy"), len(images.images_NCHW)
+    stored = None
     with suppress(OSError, ValueError, EOFError):
-        if len(stored := np.load(path)) == total:
-            return torch.from_numpy(stored)
+        stored = np.load(path)
+    known = stored is not None and len(stored) == total
+    if distributed.agreed(known) if together else known:
+        return torch.from_numpy(stored) if known else torch.empty(0)
+    starts = range(0, total, 1024)
     parts = []
-    for start in tqdm(range(0, total, 1024), f"{extractor.name} reference", disable=None, leave=False):
+    for start in tqdm(
+        distributed.mine(starts) if together else starts, f"{extractor.name} reference", disable=None, leave=False
+    ):
         parts.append(extractor(torch.from_numpy(np.array(images.images_NCHW[start : start + 1024]))))
+    parts = distributed.collect(parts) if together else parts
+    if not parts:
+        return torch.empty(0)
     features = torch.cat(parts)
     write_atomic(path, lambda file: np.save(file, features.numpy()))
     return features

@@ -24,6 +24,7 @@ from analysis.features import (
     reference_features,
     write_atomic,
 )
+from liquiddiff import distributed
 from liquiddiff.config import BadInput, Run
 from liquiddiff.data import ImageData
 from liquiddiff.seeding import generator
@@ -135,23 +136,29 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One row of metrics for each of run.eval.nfe, given to `on_row` as soon as it is known.
 
-    `sample(start, count, nfe)` returns images start .. start+count-1 as uint8 (count, C, H, W), and the NFE used.
+    `sample(start, count, nfe)` returns images start .. start+count-1 as uint8 (count, C, H, W), and the NFE used. Of
+    several processes each samples every so-manieth batch, and process 0 alone measures and has rows.
     Raises BadInput for an n that the set cannot answer, and what `load_extractor` raises, before anything is sampled.
     """
     n, total, name = run.eval.n, len(images.images_NCHW), run.eval.extractor
     check_count(n, total)
-    extractor, pixel, rows = load_extractor(name, run.eval.weights, device), _pixel(images), []
-    reference = reference_features(extractor, images, run.cache)
-    pixel_reference = reference_features(pixel, images, run.cache) if pixel else None
+    with distributed.first():
+        extractor, pixel, rows = load_extractor(name, run.eval.weights, device), _pixel(images), []
+    reference = reference_features(extractor, images, run.cache, together=True)
+    pixel_reference = reference_features(pixel, images, run.cache, together=True) if pixel else None
     for nfe in run.eval.nfe:
-        features, pixels, used = [], [], 0.0
-        for start in range(0, n, run.eval.batch):
+        parts = []
+        for start in distributed.mine(range(0, n, run.eval.batch)):
             count = min(run.eval.batch, n - start)
             batch_NCHW, batch_nfe = sample(start, count, nfe)
-            used += batch_nfe * count / n  # an adaptive solver needs more for some batches than for others
-            features.append(extractor(batch_NCHW))
-            pixels += [pixel(batch_NCHW)] if pixel else []
-        generated, used = torch.cat(features), round(used, 6)
+            # An adaptive solver needs more evaluations for some batches than for others.
+            used = batch_nfe * count / n
+            parts.append((extractor(batch_NCHW), pixel(batch_NCHW) if pixel else None, used))
+        parts = distributed.collect(parts)
+        if distributed.rank():
+            continue
+        features, pixels, shares = zip(*parts, strict=True)
+        generated, used = torch.cat(features), round(sum(shares), 6)
         row: dict[str, Any] = {"nfe": int(used) if used == int(used) else used, "solver": run.eval.solver}
         row |= {"extractor": name, "weights": extractor.weights_hash, "n": n}
         row |= {"reference": f"{images.fingerprint}/{total}"}

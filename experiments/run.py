@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         launch, runs = compose.plan(overrides)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's polite stop is an interrupt too
+        if (len(runs) > 1 or launch.experiment) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInput(
+                "torchrun trains one run; for a grid give slurm/launch.py gpus=N, or jobs=N without torchrun"
+            )
         if len(runs) > 1 or launch.experiment:
             from experiments.grid import run_grid
 
@@ -73,6 +77,9 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
     from liquiddiff.record import Record, set_aside
 
     record = Record(run)
+    if int(os.environ.get("RANK", "0")):  # of several processes the first alone has the terminal
+        idle = launch.dry or (record.done and not launch.force)
+        return 0 if idle else compute(run, record, lambda images, loss: None, lambda evaluations: None)
     if record.done and not launch.dry and not launch.force:
         if run.data.path:
             check_same_images(run, record)
@@ -118,7 +125,7 @@ def compute(
     wait: bool = False,
     experiment: str | None = None,
 ) -> int:
-    """Train, sample, measure, plot, record; returns the exit status.
+    """Train, sample, measure, plot, record; returns the exit status. Each process of a run on several devices calls it.
 
     `training(images, loss)` and `sampling(evaluations)` are told of progress. A run that another process holds is
     refused, or with `wait` waited for. `experiment` is the grid that it belongs to, for MLflow. Raises BadInput and
@@ -127,29 +134,37 @@ def compute(
     import torch
 
     from analysis import metrics, plots
-    from liquiddiff import device, trainer
+    from liquiddiff import device, distributed, trainer
     from liquiddiff.data import open_data, to_uint8
     from liquiddiff.flow import initial_noise
+    from liquiddiff.record import Follower
     from liquiddiff.tracking import Mirror, mirror_to_mlflow
 
-    torch.set_num_threads(run.threads or device.cores())
+    distributed.start()
+    if others := distributed.rank() > 0:
+        record = Follower(run, record.out)
+    torch.set_num_threads(run.threads or max(1, device.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.backends.cudnn.deterministic = True
     tags = {"arm": run.arm, "tier": run.tier, "room": compose.room_of(run.arm), "signature": run.signature()}
     tags |= {"experiment": experiment} if experiment else {}
     record.create()
     with record.lock(wait):
-        if record.done:  # by another process, since this one looked
+        if distributed.agreed(record.done):  # by another process, since this one looked
             return 0
         record.describe()
         device.reset_peak(device.resolve_device(run.device))
-        metrics.check_count(run.eval.n, len(open_data(run.data, run.cache).images_NCHW))
+        with distributed.first():
+            metrics.check_count(run.eval.n, len(open_data(run.data, run.cache).images_NCHW))
         missing = None
         try:
-            metrics.check_extractor(run.eval.extractor, run.eval.weights)
+            if not others:
+                metrics.check_extractor(run.eval.extractor, run.eval.weights)
         except metrics.MissingWeights as error:
             missing = error
             print(f"note: {error}\nnote: training goes on; the same command with the weights will only evaluate")
-        fitted, images = trainer.fit(run, record, training, Mirror(record, tags))
+        missing = distributed.agreed(missing)
+        mirror = Mirror(record, tags)
+        fitted, images = trainer.fit(run, record, training, (lambda: None) if others else mirror)
         begin = time.perf_counter()
 
         sheet: list[Tensor] = []  # the first samples at the last NFE
@@ -166,6 +181,9 @@ def compute(
             sample(0, min(64, run.eval.n), max(run.eval.nfe))
         else:
             metrics.evaluate(run, images, sample, fitted.device, record.write)
+        if others:
+            return 0
+        if not missing:
             extractor = metrics.load_extractor(run.eval.extractor, run.eval.weights, fitted.device)
             protocol = {"extractor": extractor.name, "weights": extractor.weights_hash}
             record.write({"floor": True} | protocol | metrics.floor(extractor, images, run.eval.n, run.cache))

@@ -178,6 +178,36 @@ class Record:
         write_atomic(self.folder / "done", json.dumps({k: round(v, 1) for k, v in totals.items()}) + "\n")
 
 
+class Follower(Record):
+    """The record in the other processes of a run on several devices: it reads, and writes nothing."""
+
+    def create(self) -> None:
+        """Process 0 does."""
+
+    @contextlib.contextmanager
+    def lock(self, wait: bool = False) -> Iterator[None]:
+        """Process 0 holds it."""
+        yield
+
+    def describe(self) -> None:
+        """Process 0 does."""
+
+    def provenance(self, device: str, precision: str, fingerprint: str, **more: Any) -> None:
+        """Process 0 does."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Process 0 does."""
+
+    def rewind(self, images: int, source: "Record | None" = None) -> None:
+        """Process 0 does."""
+
+    def trained(self) -> None:
+        """Process 0 does."""
+
+    def finish(self, **totals: float) -> None:
+        """Process 0 does."""
+
+
 def code_version(root: Path) -> tuple[str, str]:
     """(commit, difference from it) of the code at `root`; both empty where nothing is known.
 

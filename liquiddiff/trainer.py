@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from liquiddiff import budget, checkpoint, flow, reflow
+from liquiddiff import budget, checkpoint, distributed, flow, reflow
 from liquiddiff.config import BadInput, Flow, Optim, Run, choose
 from liquiddiff.data import ImageData, open_data
 from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device, resolve_precision
 from liquiddiff.ema import EMA
-from liquiddiff.record import Record
+from liquiddiff.record import Follower, Record
 from liquiddiff.seeding import initialise
 from liquiddiff.solvers import TABLEAUX, integrate
 
@@ -53,7 +53,9 @@ class RectifiedFlowTrainer:
         if self.optim.checkpointing:
             model.checkpointing = True  # type: ignore[assignment]
         self.ema = EMA(self.model, self.optim.ema)
-        self.forward = torch.compile(self.model) if self.optim.compile else self.model
+        # Compiled inside: of the wrapped network the compiler would cut the graph at every bucket of gradients.
+        net = cast(nn.Module, torch.compile(self.model)) if self.optim.compile else self.model
+        self.forward = distributed.wrap(net)
         b1, b2 = self.optim.betas
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), self.optim.lr, (b1, b2), weight_decay=self.optim.weight_decay, fused=True
@@ -76,19 +78,29 @@ class RectifiedFlowTrainer:
         return lr * 0.5 * (1 + math.cos(math.pi * min(1, (self.images - warmup) / max(1, self.budget - warmup))))
 
     def train_step(
-        self, images_BCHW: Tensor, noise_BCHW: Tensor | None = None, t_B: Tensor | None = None
+        self,
+        images_BCHW: Tensor,
+        noise_BCHW: Tensor | None = None,
+        t_B: Tensor | None = None,
+        part: tuple[int, int, int] | None = None,
     ) -> dict[str, Any]:
-        """One update on images in [-1, 1]. Returns {"loss": 0-d tensor, "lr": float}; nothing waits for the device."""
-        count = len(images_BCHW)
+        """One update on images in [-1, 1]. Returns {"loss": 0-d tensor, "lr": float}; nothing waits for the device.
+
+        With `part` = (first, number, count) these are `number` images, from `first` on, of a batch of `count` of which
+        other processes have the rest; the loss is then this part's summand. A process without a part gives any image.
+        """
+        first, number, count = part or (0, len(images_BCHW), len(images_BCHW))
         if noise_BCHW is None or t_B is None:
-            noise, t = flow.draw(self.seed, self.images, count, tuple(images_BCHW.shape[1:]), self.flow.times)
+            shape = tuple(images_BCHW.shape[1:])
+            noise, t = flow.draw(self.seed, self.images + first, len(images_BCHW), shape, self.flow.times)
             noise_BCHW, t_B = noise if noise_BCHW is None else noise_BCHW, t if t_B is None else t_B
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        loss = self.losses(self.forward, images_BCHW, noise_BCHW, t_B).mean()
-        self.scaler.scale(loss).backward()
+        losses = self.losses(self.forward, images_BCHW, noise_BCHW, t_B)
+        loss = losses[:number].sum() / count if part else losses.mean()
+        self.scaler.scale(loss * distributed.size() if part else loss).backward()  # gradients are averaged, not added
         if self.optim.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
@@ -162,16 +174,19 @@ class RectifiedFlowTrainer:
 def validate(trainer: RectifiedFlowTrainer, images: ImageData, n: int, batch: int) -> dict[str, float]:
     """EMA loss on n fixed held-out (image, t, noise) triples, the same in every arm and seed.
 
-    Whole, and by quarter of t: t is stratified, so the quarters have n / 4 each.
+    Whole, and by quarter of t: t is stratified, so the quarters have n / 4 each. Process 0 alone knows them.
     """
     losses = []
-    for start in range(0, n, batch):
+    for start in distributed.mine(range(0, n, batch)):
         index = torch.arange(start, min(start + batch, n))
         x = images.tensor(images.heldout[index.numpy() % len(images.heldout)])
         noise = flow.initial_noise(-1, start, len(index), tuple(x.shape[1:]))  # -1: no run's seed
         t = ((index * 7919) % n + 0.5) / n  # 7919 is prime: every stratum once, in an order unlike the images'
         x, noise, t = (v.to(trainer.device) for v in (x, noise, t))
         losses.append(flow.LOSSES["mse"](trainer.velocity(flow.interpolate(x, noise, t), t) - (noise - x)).cpu())
+    losses = distributed.collect(losses)
+    if distributed.rank():
+        return {}
     loss = torch.cat(losses)
     bins = ((torch.arange(n) * 7919) % n * VAL_BINS) // n
     by_bin = {f"val_loss_t{k}": loss[bins == k].mean().item() for k in range(VAL_BINS)}
@@ -191,6 +206,18 @@ def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> 
     A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
     Raises BadInput for a checkpoint of another configuration or other data.
     """
+    state, source = distributed.agreed(None if distributed.rank() else find_state(trainer, record, fingerprint))
+    if state is None:
+        record.rewind(-1)
+        return 0.0
+    trainer.load_state(state)
+    if not record.done:
+        record.rewind(trainer.images, source)
+    return state["seconds"]
+
+
+def find_state(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[dict[str, Any] | None, Record]:
+    """What `restore` continues from, if anything, and whose it is."""
     mine = {"training": record.run.training_signature(), "fingerprint": fingerprint, "precision": trainer.precision}
     state, source = checkpoint.load(record.folder), record
     if state is None and (twin := record.twin()):
@@ -198,19 +225,13 @@ def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> 
             found = checkpoint.load(twin.folder)
             if found and found["images"] == record.run.optim.images and all(found[k] == v for k, v in mine.items()):
                 state, source = found, twin
-    if state is None:
-        record.rewind(-1)
-        return 0.0
     for key, value in mine.items():
-        if state[key] != value:
+        if state and state[key] != value:
             raise BadInput(
                 f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {value}; "
                 "give another out=DIR, or force=true to start again (the old folder is kept)"
             )
-    trainer.load_state(state)
-    if not record.done:
-        record.rewind(trainer.images, source)
-    return state["seconds"]
+    return state, source
 
 
 def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer, ImageData]:
@@ -219,7 +240,8 @@ def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer
     Returns the trainer and the images; the EMA weights are in `model/`. Raises as `fit`, and BadInput where another
     process holds the run.
     """
-    record = Record(run, out)
+    distributed.start()
+    record = (Follower if distributed.rank() else Record)(run, out)
     record.create()
     with record.lock():
         record.describe()
@@ -247,14 +269,22 @@ def fit(
         raise BadInput(
             f"eval.nfe={min(run.eval.nfe)} is too few for solver {run.eval.solver}, which takes {stages} a step"
         )
-    images = open_data(run.data, run.cache)
+    if distributed.size() > 1 and run.flow.reflow:
+        raise BadInput(f"flow.reflow={run.flow.reflow} trains its teacher first, which one process has to do: gpus=1")
+    with distributed.first():
+        images = open_data(run.data, run.cache)
     trainer = prepare(run, device)
     before = trainer.seconds = restore(trainer, record, images.fingerprint)
     pairs = reflow.open_pairs(run, record, images.fingerprint) if run.flow.reflow else None
 
-    def batch(start: int, count: int) -> tuple[Tensor, ...]:
-        """Images, and with reflow their noise and t; else train_step draws them."""
-        return pairs.batch(start, count) if pairs else (images.batch(run.seed, start, count),)
+    def step(start: int, count: int) -> dict[str, Any]:
+        """One update, by this process's part of the batch; with reflow the images come with their noise and t."""
+        if pairs:
+            return trainer.train_step(*pairs.batch(start, count))
+        if distributed.size() == 1:
+            return trainer.train_step(images.batch(run.seed, start, count))
+        first, number = distributed.share(count)
+        return trainer.train_step(images.batch(run.seed, start + first, max(1, number)), part=(first, number, count))
 
     size = budget.meta_cost(run.model, run.image_shape)
     record.provenance(
@@ -267,6 +297,8 @@ def fit(
     def save() -> None:
         trainer.check_finite()
         trainer.seconds = before + time.perf_counter() - begin
+        if distributed.rank():
+            return
         state = trainer.state() | {"training": run.training_signature(), "fingerprint": images.fingerprint}
         checkpoint.save(state | {"precision": trainer.precision, "seconds": trainer.seconds}, record.folder)
 
@@ -275,20 +307,21 @@ def fit(
     with deferred_interrupt() as interrupted:
         while trainer.images < run.optim.images:
             count = min(run.optim.batch, run.optim.images - trainer.images)
-            log.step(trainer.images, trainer.train_step(*batch(trainer.images, count)), count)
+            log.step(trainer.images, step(trainer.images, count), count)
             at_val, at_checkpoint = log.crosses(run.eval.val_every), log.crosses(run.checkpoint_every)
-            loss = None
-            if at_val or at_checkpoint or log.crosses(log.every) or interrupted:
+            loss, stop = None, distributed.any_of(bool(interrupted))
+            if at_val or at_checkpoint or log.crosses(log.every) or stop:
                 val = validate(trainer, images, run.eval.val_n, run.eval.batch) if at_val else {}
                 loss = log.flush(val)
-            if at_checkpoint or interrupted:
+            if at_checkpoint or stop:
                 save()
                 on_checkpoint()
             progress(trainer.images, loss)
-            if interrupted:
-                raise KeyboardInterrupt(*interrupted)
+            if stop:
+                raise KeyboardInterrupt(*distributed.union(interrupted))
     trainer.check_finite()
-    cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
+    if not distributed.rank():
+        cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
     if pairs:
         mine = reflow.straightness_of(trainer, run)
         record.write({"straightness": mine, "teacher_straightness": pairs.straightness})
@@ -317,7 +350,7 @@ class Log:
 
     def flush(self, more: dict[str, float]) -> float:
         """Write the mean loss since the last line, and `more`. Raises NonFinite, before anything is saved."""
-        losses = torch.stack(self.losses)
+        losses = distributed.total(torch.stack(self.losses))
         loss = losses.mean().item()
         if not math.isfinite(loss):
             steps = len(losses) - int(losses.isfinite().logical_not().nonzero()[0]) - 1

@@ -1,0 +1,61 @@
+"""One run on two processes: the same losses, the same samples, one record."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import compose
+from experiments.run import main
+from liquiddiff import distributed
+from liquiddiff.record import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+# 40 images in batches of 13 over two processes: unequal parts, and a last batch of one image, so one part is empty.
+UNEVEN = ["optim.images=40", "optim.batch=13", "optim.warmup=1", "checkpoint_every=13", "eval.batch=24", "threads=1"]
+
+
+def torchrun(*overrides, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    command += [str(ROOT / "experiments" / "run.py"), *overrides]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_two_processes_compute_what_one_does(small, tmp_path):
+    overrides = [*small, *UNEVEN, "optim.checkpointing=true"]
+    assert main([*overrides, f"out={tmp_path}/one"]) == 0
+    done = torchrun(*overrides, f"out={tmp_path}/two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (Record(compose.plan([*overrides, f"out={tmp_path}/{name}"])[1][0]) for name in ("one", "two"))
+    rows = [record.rows() for record in (one, two)]
+    assert [sorted(row) for row in rows[0]] == [sorted(row) for row in rows[1]]  # each line once: one process writes
+    for key in ("loss", "val_loss", "val_loss_t0", "val_loss_t3", "lr"):
+        a, b = ([row[key] for row in some if key in row] for some in rows)
+        assert a == pytest.approx(b, rel=1e-4), key
+    for mine, theirs in zip(one.evaluations(), two.evaluations(), strict=True):
+        assert mine["nfe"] == theirs["nfe"] and mine["reference"] == theirs["reference"]
+        assert mine["fd"] == pytest.approx(theirs["fd"], rel=1e-2)
+    weights = [load_file(record.folder / "model" / "model.safetensors") for record in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+    assert done.stdout.count("signature ") == 1  # one header
+    assert json.loads((two.folder / "done").read_text())["seconds"] > 0
+
+
+def test_parts_of_a_batch_are_the_batch(monkeypatch):
+    for size in (1, 2, 3, 8):
+        for count in (1, 5, 8, 13):
+            parts = []
+            for rank in range(size):
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                monkeypatch.setattr(distributed, "size", lambda size=size: size)
+                first, number = distributed.share(count)
+                parts += range(first, first + number)
+            assert parts == list(range(count))
