@@ -241,7 +241,7 @@ def drawable(view: View) -> list[str]:
 
 def draw(view: View, kind: str, path: Path) -> None:
     """Draw a figure of `drawable` as SVG, and as PNG beside it."""
-    style.save(FIGURES[kind][0](view), path, view.source)
+    style.save(FIGURES[kind][0](view), path, view.source, exact=kind == "samples")
 
 
 def source_of(path: Path) -> str:

@@ -35,10 +35,10 @@ def canvas(height: float, rows: int = 1, **layout: Any) -> tuple[Figure, Any]:
     return plt.subplots(rows, 1, figsize=(WIDTH, height), layout="constrained", **layout)
 
 
-def save(figure: Figure, path: Path, source: str = "") -> None:
+def save(figure: Figure, path: Path, source: str = "", exact: bool = False) -> None:
     """Write an SVG with `source` in its metadata and a PNG beside it, or for x.png the PNG alone; no date, no version.
 
-    Each file by atomic replace.
+    The PNG has 256 colours, plenty for lines and text; with `exact`, for images, all of them. By atomic replace.
     """
     settle(figure)
     figure.set_layout_engine("none")  # else each format would lay it out again
@@ -51,9 +51,11 @@ def save(figure: Figure, path: Path, source: str = "") -> None:
         buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=180 if path.suffix == ".svg" else 120, metadata={"Software": None})
     plt.close(figure)
-    small = io.BytesIO()  # 256 colours are plenty for lines and text, and half the bytes
+    small = io.BytesIO()
     with Image.open(buffer) as image:
-        image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "PNG")
+        full = image.convert("RGB")
+        few = full if exact else full.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(small, "PNG")
     _replace(path.with_suffix(".png"), small.getvalue())
 
 

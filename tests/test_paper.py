@@ -1,0 +1,102 @@
+"""paper/report.html: it holds what the results say, stands alone, and is the same bytes again."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_tables import fill, make_room, results
+
+from analysis import report
+from liquiddiff.config import BadInput
+
+PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>'
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Text by tag, all attributes, and whether every tag is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = make_room(tmp_path / "experiments")
+    fill(root, results())
+    pictures = root.parent / "paper/figures"
+    pictures.mkdir(parents=True)
+    for kind in ("forest", "nfe"):
+        (pictures / f"room-{kind}.svg").write_text(PICTURE)
+    (pictures / "gate_statistics.svg").write_text(PICTURE)
+    (root / "claims").mkdir()
+    (root / "claims/README.md").write_text("# Claims\n\n## fast: holds\n\n**Claim.** It is <fast>, see [x](../y.md).\n")
+    return root
+
+
+def test_the_page_holds_verdicts_tables_figures_and_claims(root):
+    page = Page(text := report.page(root))
+    assert page.open == []
+    glance = page.cells[6:12]
+    assert glance == ["room", "good", "bad", "alike", "—", "absent"]
+    assert "A reason for good | with a bar?" in page.cells and any("better" == cell for cell in page.cells)
+    pictures = [value for tag, key, value in page.attributes if (tag, key) == ("img", "src")]
+    assert len(pictures) == 3 and all(value.startswith("data:image/svg+xml;base64,") for value in pictures)
+    titles = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
+    assert titles[0] == "Paired differences: room, laptop tier, digits" and titles[-1] == "gate statistics"
+    assert "<strong>Claim.</strong> It is &lt;fast&gt;, see x." in text and "fast: holds</h3>" in text
+
+
+def test_the_page_stands_alone(root):
+    text = report.page(root)
+    assert "<script" not in text and "@import" not in text and "url(" not in text and "<link" not in text
+    for _, key, value in Page(text).attributes:
+        assert key not in ("src", "srcset") or value.startswith("data:")
+        assert key != "href" or value.startswith("#") and f'id="{value[1:]}"' in text
+    assert 'name="viewport"' in text and "overflow-x: auto" in text and "@media print" in text
+    assert text.count('<div class="scroll"><table>') == text.count("<table>") > 1
+
+
+def test_it_is_written_once_and_checked(root, capsys):
+    path = root.parent / "paper/report.html"
+    assert report.main(["--check"], root) == 1
+    assert report.main([], root) == 0
+    before = path.read_bytes()
+    assert report.main([], root) == 0 and path.read_bytes() == before
+    assert report.main(["--check"], root) == 0
+    path.write_bytes(before.replace(b"better", b"worse"))
+    capsys.readouterr()
+    assert report.main(["--check"], root) == 1
+    assert re.fullmatch(r"not of today's results: \S+report.html; make paper\n", capsys.readouterr().err)
+
+
+def test_a_missing_figure_is_one_clear_line(root):
+    (root.parent / "paper/figures/room-nfe.svg").unlink()
+    with pytest.raises(BadInput, match=r"room-nfe.svg is not there: python -m analysis.plots"):
+        report.page(root)
+
+
+def test_make_paper_runs_every_step():
+    text = (Path(__file__).parents[1] / "Makefile").read_text()
+    recipe = text.split("\npaper:")[1].split("\n\n")[0]
+    steps = re.findall(r"-m analysis\.(\w+)", recipe)
+    assert steps[:2] == ["tables", "plots"] and steps[-1] == "report"
