@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds (MACs), activation bytes, milliseconds; and equal budgets for mixers.
+"""What a network costs: parameters, multiply-adds (MACs), milliseconds; and equal budgets for mixers.
 
 One MAC is one multiply-add of a convolution or matrix product. torch's counter gives 2 FLOPs for each and nothing for
 element-wise work, so a MAC here is half of its figure. It misses FFTs and scans: a module that has them tells them by a
@@ -160,23 +160,6 @@ def meta_cost(model: Model, image_shape: tuple[int, int, int]) -> Cost:
 def baseline(model: Model) -> Model:
     """The same size with the baseline's parts."""
     return replace(Model(), size=model.size, channels=model.channels, blocks=model.blocks)
-
-
-def activation_bytes(net: nn.Module, batch: int, image_shape: tuple[int, int, int]) -> int:
-    """Bytes that autograd keeps for the backward pass of one batch, parameters not counted."""
-    own = {p.data_ptr() for p in net.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.data_ptr() not in own:
-            kept[id(storage) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    device = next(net.parameters()).device
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(torch.zeros(batch, *image_shape, device=device), torch.full((batch,), 0.5, device=device)).sum()
-    return sum(kept.values())
 
 
 def milliseconds(net: nn.Module, batch: int, image_shape: tuple[int, int, int], repeats: int = 7) -> float:

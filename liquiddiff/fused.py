@@ -10,7 +10,7 @@ Legend: B batch, C channels, H W space.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
 from liquiddiff.depthwise import is_literal
+from liquiddiff.layers import full, full_precision
 
 __all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
 
+LARGE = 2**22  # elements; see _parts
 PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
 
 
@@ -30,8 +32,12 @@ def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5)
     """(1 + scale) * LayerNorm(x) + shift, (B, C, H, W); the norm is over the channels at each position."""
     if _fast([x_BCHW], scale_BC, shift_BC):
         return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, False)
-    normed = F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2], eps=eps).permute(0, 3, 1, 2)
-    return torch.addcmul(_image(shift_BC), normed, _image(1 + scale_BC))
+
+    def composed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+        return torch.addcmul(_image(shift), normed, _image(1 + scale))
+
+    return _lean(composed, x_BCHW, scale_BC, shift_BC)
 
 
 def adaln_mean(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -46,7 +52,11 @@ def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_B
     """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
     if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
         return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
-    return torch.lerp(h_BCHW, g_BCHW, torch.sigmoid(torch.addcmul(-_image(b_BC), _image(a_BC), f_BCHW)))
+
+    def composed(f: Tensor, g: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.lerp(h, g, torch.sigmoid(torch.addcmul(-_image(b), _image(a), f)))
+
+    return _lean(composed, f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
 
 
 def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) -> Tensor:
@@ -54,16 +64,22 @@ def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) 
     alpha_BC = alpha_BC.expand(-1, x_BCHW.shape[1])
     if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
         return _Relax.apply(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
-    # At least in float32 whatever the layers run in: bfloat16 would round 1 - alpha, a room's question, by up to 9 %.
-    wide = torch.promote_types(y_BCHW.dtype, torch.float32)
-    return x_BCHW + torch.lerp(y_BCHW.to(wide), n_BCHW.to(wide), _image(alpha_BC).to(wide)).to(y_BCHW.dtype)
+
+    def composed(x: Tensor, n: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        # At least in float32 whatever the layers run in: bfloat16 would round 1 - alpha, a room's question, by 9 %.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return x + torch.lerp(y.to(wide), n.to(wide), _image(alpha).to(wide)).to(y.dtype)
+
+    return _lean(composed, x_BCHW, n_BCHW, y_BCHW, alpha_BC)
 
 
 def silu(x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
     """SiLU(x + shift), (B, C, H, W)."""
     if _fast([x_BCHW], *([] if shift_BC is None else [shift_BC])):
         return _SiLU.apply(x_BCHW, shift_BC)
-    return F.silu(x_BCHW if shift_BC is None else x_BCHW + _image(shift_BC))
+    if shift_BC is None:
+        return F.silu(x_BCHW)
+    return _lean(lambda x, shift: F.silu(x + _image(shift)), x_BCHW, shift_BC)
 
 
 def backend() -> str:
@@ -82,6 +98,61 @@ def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
         return False
     fits = all(i.shape == shape and i.is_contiguous(memory_format=torch.channels_last) for i in images)
     return fits and all(row.shape == shape[:2] for row in rows) and _library() is not None
+
+
+# --- in a low precision -----------------------------------------------------------------------------------------------
+
+
+def _lean(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`; in mixed precision its output is in the low one, and only `tensors` are kept for backward.
+
+    Autocast's own way is to keep the float32 copies and results of every step of the chain: 2.4 times the bytes.
+    """
+    device = tensors[0].device.type
+    if device == "meta":  # which knows no autocast: memory.py says by the type of the image what it plays
+        low = tensors[0].dtype
+    elif torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+    else:
+        return function(*tensors)
+    if low not in (torch.float16, torch.bfloat16):
+        return function(*tensors)
+    if is_literal() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function(*tensors)
+    with full_precision(tensors[0]):
+        return _Lean.apply(function, low, *tensors)
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], low: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        out = torch.empty_like(tensors[0], dtype=low)
+        for part in _parts(out):
+            out[part] = function(*(full(t[part]) for t in tensors))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        tensors, need = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        grads = [torch.empty_like(t) if wanted else None for t, wanted in zip(tensors, need, strict=True)]
+        for part in _parts(g):
+            inputs = [full(t[part]).detach().requires_grad_(w) for t, w in zip(tensors, need, strict=True)]
+            with torch.enable_grad(), full_precision(g):
+                y = ctx.function(*inputs)
+            found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], full(g[part])))
+            for grad in grads:
+                if grad is not None:
+                    grad[part] = next(found)
+        return None, None, *grads
+
+
+def _parts(images: Tensor) -> Iterator[slice]:
+    """Few images at a time where they are large: what is float32 for a moment stays small beside what is kept."""
+    count = max(1, LARGE // max(1, images[:1].numel()))
+    return (slice(k, k + count) for k in range(0, len(images), count))
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

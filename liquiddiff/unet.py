@@ -7,8 +7,10 @@ Inside, activations are channels-last in memory. Shapes: B batch, C channels, H 
                                    down -- level 2, middle, fuse, level 2 -- up
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,17 +119,28 @@ class LiquidDiffusionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        for part in self.parts():
+            x_BCHW = part(x_BCHW, temb_BD, t_B)
+        return x_BCHW
+
+    def parts(self) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """The residual steps, in order."""
+        return [self._mix, self._spatial, self._feed_forward]
+
+    def _mix(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         n = self.norm(x_BCHW, temb_BD)
         y = self.mixer(n, temb_BD, t_B)
         if self.relaxation.replaces_residual:
-            x = self.relaxation(x_BCHW, y, t_B, temb_BD)
-        elif alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
-            x = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
-        else:
-            x = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
-        if self.spatial is not None:
-            x = x + self.spatial(x, temb_BD)
-        return x + self.feed_forward(x, temb_BD)
+            return self.relaxation(x_BCHW, y, t_B, temb_BD)
+        if alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
+            return fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
+        return x_BCHW + self.relaxation(n, y, t_B, temb_BD)
+
+    def _spatial(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        return x_BCHW if self.spatial is None else x_BCHW + self.spatial(x_BCHW, temb_BD)
+
+    def _feed_forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        return x_BCHW + self.feed_forward(x_BCHW, temb_BD)
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -190,10 +203,21 @@ class LiquidDiffusionUNet(
             ZeroConv2d(channels[0], in_channels, 3, padding=1),
         )
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
-        save_memory = self.checkpointing and torch.is_grad_enabled()
+    def _step(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`function(*tensors)`; with checkpointing only `tensors` are kept, and the backward pass computes it again."""
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return function(*tensors)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, temb: Tensor, t: Tensor, largest: bool = False) -> Tensor:
+        def by_parts(block: Any, x: Tensor) -> Tensor:  # what one block computes again sets the peak
+            for part in block.parts():
+                x = self._step(part, x, temb, t)
+            return x
+
         for block in blocks:
-            x = checkpoint(block, x, temb, t, use_reentrant=False) if save_memory else block(x, temb, t)
+            whole = partial(by_parts, block) if largest and self.checkpointing else partial(block, temb_BD=temb, t_B=t)
+            x = self._step(whole, x)
         return x
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -202,20 +226,26 @@ class LiquidDiffusionUNet(
         if H % self.stride or W % self.stride:
             raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
         temb = self.time(t_B)
-        x = self.stem(x_BCHW.contiguous(memory_format=torch.channels_last))
+        x = self._step(self.stem, x_BCHW.contiguous(memory_format=torch.channels_last))
         skips = []
         for i, level in enumerate(self.encoder):
-            x = self._run(level.children(), x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)
+            x = self._run(level.children(), x, temb, t_B, i == 0)  # (B, C_i, H / 2^i, W / 2^i)
             skips.append(x)
             if i < len(self.down):
                 x = self.down[i](x)
         x = self._run(self.middle.children(), x, temb, t_B)
         for i in reversed(range(len(self.decoder))):
-            x = self.fuse[i](torch.cat([x, skips[i]], dim=1))
-            x = self._run(self.decoder[i].children(), x, temb, t_B)
+            x = self._step(partial(self._join, i), x, skips.pop())
+            x = self._run(self.decoder[i].children(), x, temb, t_B, i == 0)
             if i > 0:
-                x = self.up[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.head(x)
+                x = self._step(partial(self._double, i - 1), x)
+        return self._step(self.head, x)
+
+    def _join(self, i: int, x: Tensor, skip: Tensor) -> Tensor:
+        return self.fuse[i](torch.cat([x, skip], dim=1))
+
+    def _double(self, i: int, x: Tensor) -> Tensor:
+        return self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def _sized(size: str, in_channels: int, resolution: int) -> LiquidDiffusionUNet:

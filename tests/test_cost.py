@@ -1,0 +1,58 @@
+"""What a step costs is counted as it is: memory found on the meta device against a real step."""
+
+import pytest
+import torch
+
+from liquiddiff import budget
+from liquiddiff.config import BadInput, Model
+from liquiddiff.memory import autocast, training_memory
+
+MODEL, SHAPE, BATCH = Model("small", [8, 16], [1, 1]), (3, 16, 16), 4
+
+
+def kept_by_autograd(precision=None, checkpointing=False):
+    """Bytes that a real step keeps between forward and backward, by another way of counting: autograd's own hooks."""
+    net, kept = budget.build(MODEL, SHAPE), {}
+    net.checkpointing = checkpointing
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+        return tensor
+
+    x = torch.randn(BATCH, *SHAPE).contiguous(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            net(x, torch.rand(BATCH))
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*dispatch")
+def test_memory_on_the_meta_device_is_that_of_a_real_step():
+    from liquiddiff.depthwise import literal
+
+    with literal():
+        real = kept_by_autograd()
+        assert training_memory(MODEL, SHAPE, BATCH).saved == pytest.approx(real, rel=0.1)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_precision_and_checkpointing():
+    full = training_memory(MODEL, SHAPE, BATCH)
+    assert full.state == 16 * budget.meta_cost(MODEL, SHAPE).params
+    assert full.state < full.state + full.saved < full.peak
+    twice, half = training_memory(MODEL, SHAPE, 2 * BATCH), training_memory(MODEL, SHAPE, BATCH, "fp16")
+    assert twice.saved == pytest.approx(2 * full.saved, rel=0.05)
+    assert 0.35 < half.saved / full.saved < 0.65
+    again = training_memory(MODEL, SHAPE, BATCH, "fp16", checkpointing=True)
+    assert again.saved < 0.4 * half.saved and again.peak < half.peak
+    with pytest.raises(BadInput, match="unknown precision 'fp8'"):
+        training_memory(MODEL, SHAPE, BATCH, "fp8")
+
+
+def test_autocast_on_the_meta_device_leaves_functions_as_they_were():
+    before = torch.nn.functional.linear
+    with autocast(torch.float16):
+        assert torch.nn.functional.linear is not before
+    assert torch.nn.functional.linear is before
