@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.room import ROOT, arm_files, load_experiment, rooms
@@ -58,13 +58,13 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def check_overrides(overrides: list[str]) -> dict[str, str]:
-    """Refuse unknown keys and choices in one line. Returns the chosen groups."""
+def check_overrides(overrides: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Refuse unknown keys and choices in one line. Returns the chosen groups, and the values of the other keys."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value") from error
-    chosen = {}
+    chosen, given = {}, {}
     keys = {**flatten(Launch()), **groups()}
     for label in ("arm", "model.size"):  # set by ablation= and model=; alone they would only rename the baseline
         del keys[label]
@@ -77,7 +77,9 @@ def check_overrides(overrides: list[str]) -> dict[str, str]:
             chosen[key] = choose(
                 {"ablation": "arm", "data": "data set", "model": "size"}.get(key, key), str(value), groups()[key]
             )
-    return chosen
+        else:
+            given[key] = value
+    return chosen, given
 
 
 def one(overrides: list[str]) -> Launch:
@@ -87,22 +89,15 @@ def one(overrides: list[str]) -> Launch:
 
 @cache
 def _one(overrides: tuple[str, ...], _arms: tuple[tuple[str, Path], ...]) -> Launch:
-    """Hydra takes a fifth of a second; `_arms` keeps apart the answers for different rooms."""
-    chosen = check_overrides(list(overrides))
-    store = ConfigStore.instance()
-    store.store(name="launch", node=Launch)
-    for name, data in DATA_SETS.items():
-        store.store(group="data", name=name, node={"name": name, **data}, package="data")
-    for name, size in SIZES.items():
-        store.store(group="model", name=name, node={"size": name, **size}, package="model")
-    for name, path in tiers().items():
-        store.store(group="tier", name=name, node={**load(path), "tier": name}, package="_global_")
-    arm = chosen.get("ablation", "baseline")
-    values = load(arms()[arm]) if arm in arms() else {}
-    store.store(group="ablation", name=arm, node={**values, "arm": arm}, package="_global_")
+    """`_arms` keeps apart the answers for different rooms."""
+    chosen, given = check_overrides(list(overrides))
+    arm = chosen.pop("ablation", "baseline")
     try:
-        with initialize_config_dir(str(ROOT), version_base="1.3"):
-            launch = OmegaConf.to_object(compose("config", list(overrides)))
+        config = _base(tuple(f"{group}={name}" for group, name in chosen.items())).copy()
+        config.merge_with(load(arms()[arm]) if arm in arms() else {}, {"arm": arm})
+        for key, value in given.items():
+            OmegaConf.update(config, key, value)
+        launch = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadInput(first_line(error)) from error
     assert isinstance(launch, Launch)
@@ -114,6 +109,21 @@ def _one(overrides: tuple[str, ...], _arms: tuple[tuple[str, Path], ...]) -> Lau
     return launch
 
 
+@cache
+def _base(groups: tuple[str, ...]) -> DictConfig:
+    """The baseline of a set, a size and a tier. Hydra takes a fifth of a second, so an arm is merged into it here."""
+    store = ConfigStore.instance()
+    store.store(name="launch", node=Launch)
+    for name, data in DATA_SETS.items():
+        store.store(group="data", name=name, node={"name": name, **data}, package="data")
+    for name, size in SIZES.items():
+        store.store(group="model", name=name, node={"size": name, **size}, package="model")
+    for name, path in tiers().items():
+        store.store(group="tier", name=name, node={**load(path), "tier": name}, package="_global_")
+    with initialize_config_dir(str(ROOT), version_base="1.3"):
+        return compose("config", list(groups))
+
+
 def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
     """The launch and its runs: one, or the grid of ablation=a,b, seed=0,1, optim.lr=1e-3,2e-3, or experiment=ROOM|all.
 
@@ -123,7 +133,7 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
     rest = []
     for override in overrides:
         key, _, values = override.partition("=")
-        if key in sweeps:
+        if key in sweeps and values.strip(", "):
             sweeps[key] = [v.strip() for v in values.split(",") if v.strip()]
         else:
             rest.append(override)
@@ -149,16 +159,17 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
             for room in loaded
         ]
     launch: Launch | None = None
-    runs: dict[str, Run] = {}
+    runs: dict[tuple[str, str, str], Run] = {}
     for extra, chosen, seeds in cells:
         for arm, lr in itertools.product(chosen, sweeps["optim.lr"]):
             rate = [f"optim.lr={lr}"] if lr else []
             arm_overrides = [*extra, *rest, *rate, *([f"ablation={arm}"] if arm else [])]
             composed = one([*arm_overrides, *([f"seed={seeds[0]}"] if seeds[0] else [])])
             launch = launch or composed
+            run = as_run(composed)
+            signature = run.signature()  # once: it is the same for every seed
             for seed in seeds:
-                run = replace(as_run(composed), seed=int(seed or composed.seed))
-                runs.setdefault(run.name, run)
+                runs.setdefault((run.arm, signature, seed), replace(run, seed=int(seed or run.seed)))
     assert launch is not None
     return launch, sorted(runs.values(), key=lambda run: run.seed)  # a seed of every arm first: early answers
 

@@ -7,7 +7,7 @@ steps; batch sizes are global.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -169,10 +169,13 @@ def _digest(config: dict[str, Any]) -> str:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dataclass or dict as {"optim.lr": 0.001, ...}."""
-    items = asdict(config).items() if is_dataclass(config) and not isinstance(config, type) else config.items()
+    items = config.items() if isinstance(config, dict) else vars(config).items()  # asdict would copy
     flat: dict[str, Any] = {}
     for key, value in items:
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        if isinstance(value, dict) or is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
