@@ -95,9 +95,9 @@ def gates_and_alphas(net: "nn.Module", x_BCHW: "Tensor", noise_BCHW: "Tensor", t
     rows: dict[str, Row] = {}
 
     def watch(name: str) -> Any:
-        return lambda block, inputs, output: rows.update({name: observed(block, *inputs)})
+        return lambda block, inputs, named, output: rows.update({name: observed(block, *inputs, **named)})
 
-    handles = [block.register_forward_hook(watch(name)) for name, block in blocks(net).items()]
+    handles = [block.register_forward_hook(watch(name), with_kwargs=True) for name, block in blocks(net).items()]
     t_B = torch.full((len(x_BCHW),), t)
     try:
         with torch.inference_mode():
@@ -255,7 +255,7 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
     from analysis import dynamics_plots
 
     frame = read(path)
-    dynamics_plots.draw(frame, root.parent / "paper" / "figures", f"dynamics_{name}")
+    dynamics_plots.draw(frame, root.parent / "paper" / "figures", name)
     print(table(frame))
     return 0
 
