@@ -28,10 +28,11 @@ from liquiddiff.config import BadInput
 if TYPE_CHECKING:
     from experiments.room import Experiment
 
-COLUMNS = (
-    "arm seed tier data data_fingerprint signature commit device images batch n reference extractor solver nfe ema "
-    "fd fd_pixel kid precision recall loss val_loss params macs images_per_second peak_mib seconds"
-).split()
+COLUMNS = [
+    *"arm seed tier data data_fingerprint signature commit device images batch n reference extractor".split(),
+    *("solver", "nfe", "ema", *SCORES, "loss", "val_loss"),
+    *"params macs images_per_second peak_mib seconds".split(),
+]
 WHOLE = frozenset("seed images batch n nfe ema params macs".split())
 Row = dict[str, str]
 Signature = Callable[["Experiment", str, str, str], str | None]  # of (experiment, arm, tier, data set)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from analysis import cli
+from analysis.runs import SCORES
 from liquiddiff.config import BadInput, Run, flatten
 
 PLACES = frozenset("out cache threads device".split())  # where a run was done, not what it is
 PROTOCOL = "extractor weights solver n reference".split()
-SCORES = "fd fd_pixel kid precision recall".split()
 SHOWN = 8  # samples of each
 
 

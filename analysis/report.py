@@ -48,6 +48,10 @@ th:first-child { background: var(--soft); }
   align-items: start; margin: 1rem 0; }
 figure { margin: 0; max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; }
+@media (max-width: 600px) {
+  td.text { min-width: 11rem; }
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; max-width: 8rem; }
+}
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
@@ -83,10 +87,11 @@ def html_of(markdown: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Bold, code and line breaks; a link within the repository keeps its text alone, because the page stands alone."""
+    """Inline marks; a link within the repository keeps its text alone, because the page stands alone."""
     text = escape(text, quote=False).replace("&lt;br&gt;", "<br>")
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])", r"<em>\1</em>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r'<a href="\2">\1</a>', text)
     return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)
 

@@ -86,7 +86,6 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
     """
     sql = uri.split(":")[0].split("+")[0] in {"sqlite", "postgresql", "mysql"}
     stored = _read_sql(uri) if sql else _read_client(uri)
-    names = {"fd_pixel", "kid", "precision", "recall"}
     found = []
     for params, tags, last, history in stored:
         if not wanted(tags.get("arm", "")):
@@ -99,7 +98,7 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
         fd = "fid" if run.eval.extractor == "inception" else f"fd_{run.eval.extractor}"
         by_nfe: dict[int, Row] = defaultdict(dict)
         for key, nfe, value in history:
-            if key == fd or key in names:
+            if key == fd or key in SCORES:
                 by_nfe[nfe]["fd" if key == fd else key] = value
         same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
         same["reference"] = tags.get("reference")
@@ -127,9 +126,7 @@ def _read_sql(uri: str) -> Iterable[Stored]:
     tags: dict[str, dict] = defaultdict(dict)
     last: dict[str, dict] = defaultdict(dict)
     history: dict[str, list] = defaultdict(list)
-    scores = (
-        "(metrics.key in ('fid', 'fd_pixel', 'kid', 'precision', 'recall') or metrics.key like 'fd\\_%' escape '\\')"
-    )
+    scores = f"(metrics.key in {('fid', *SCORES)} or metrics.key like 'fd\\_%' escape '\\')"
     # Runs of one signature have one configuration: the parameters of one of them, and the seed of each, are enough.
     first_of_each = (
         f"select min(tags.run_uuid) {of_runs.format('tags', 'tags')} and tags.key = 'signature' group by value"
