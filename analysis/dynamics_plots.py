@@ -69,7 +69,7 @@ def gate(frame: pd.DataFrame, where: str) -> Figure:
 
     note = (
         "Line: mean over seeds, images, channels and positions. Band: ± one standard deviation. "
-        "Dotted, at the bottom: share that is saturated, below 0.05 or above 0.95."
+        "Dotted: share that is saturated, below 0.05 or above 0.95."
     )
     return panels(frame, panel, f"CfC's gate after training ({where})", "gate", note)
 
