@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_a_grid_resumable(small, tmp_path):
 REAL_WORK = grid.work
 
 
-def dying_worker(pipe):
+def dying_worker(pipe, *more):
     """Stands in for `grid.work` in a worker process; it dies of no_relaxation, seed 1."""
 
     class Pipe:
@@ -173,7 +173,7 @@ def dying_worker(pipe):
         def send(self, message):
             pipe.send(message)
 
-    REAL_WORK(Pipe())
+    REAL_WORK(Pipe(), *more)
 
 
 def test_threads_are_shared_out_but_are_not_part_of_a_run(small):

@@ -1,5 +1,6 @@
 """The launcher without a Slurm: arguments, background jobs of this machine, and grids of ten thousand runs."""
 
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,8 @@ def test_a_snapshot_knows_its_commit_wherever_it_lies(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slurm  # with the other tests that wait for schedulers
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running")  # submitit lets its children go
 def test_background_jobs_of_this_machine(small, tmp_path, capsys):
     """Two runs, one after another; the first is preempted, and goes on where it was."""
     grid = [*small, "seed=0,1", "optim.images=3200", "eval.nfe=[1]"]
@@ -141,3 +144,4 @@ def test_background_jobs_of_this_machine(small, tmp_path, capsys):
         assert yaml.safe_load((Record(run).folder / "run.yaml").read_text())["out"] == str(tmp_path / "runs")
     (log,) = (tmp_path / "runs" / ".slurm").glob(f"*/{job}_0_log.out")
     assert "Requeued job" in log.read_text()
+    gc.collect()  # while that warning is ignored
