@@ -63,7 +63,7 @@ def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
     def add(what: str, values: list[Any], comparable: bool = True) -> None:
         if all(value is None for value in values):
             return
-        shown = ["—" if value is None else f"{value:.5g}" for value in values]
+        shown = ["—" if value is None else f"{value:.6g}" for value in values]
         difference = f"{values[1] - values[0]:+.4g}" if comparable and None not in values else "—"
         lines.append((what, shown[0], shown[1], difference))
 
