@@ -50,7 +50,9 @@ class Job:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, interrupt)
         if environment.num_tasks > 1:  # one process a GPU; liquiddiff.distributed reads what this exports
-            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            address = os.environ.get("MASTER_ADDR")  # of a site whose node names do not resolve
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            os.environ["MASTER_ADDR"] = address or os.environ["MASTER_ADDR"]
         try:
             failed = self.work(environment)
         except KeyboardInterrupt as stop:
