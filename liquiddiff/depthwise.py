@@ -2,7 +2,8 @@
 
 On channels-last float32 CPU tensors, torch's 7x7 weight gradient takes 5-45 times its forward. `depthwise.c`, compiled
 on first use (see native.py), computes it in about the forward's time.
-Without a compiler, and for every other device, dtype or mode (autocast, meta and fake tensors, FLOP counting,
+On a GPU depthwise_triton.py does the work, where Triton is to be had; that has not been run on a GPU yet.
+Without a compiler, and for every other device, dtype or mode (autocast on a CPU, meta and fake tensors, FLOP counting,
 functorch), torch does the work: same numbers, no warning.
 
 Legend: B batch, C channels, H height, W width, k odd kernel size.
@@ -32,13 +33,15 @@ def depthwise(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor | None = None)
 
     Differentiable once in all three arguments (a second derivative of the fast path raises). ValueError: k is even.
     """
-    if _literal or not _eligible(x_BCHW, weight_C1kk, bias_C):
+    if _literal:
+        return depthwise_reference(x_BCHW, weight_C1kk, bias_C)
+    if x_BCHW.is_cuda:
+        return _on_gpu(x_BCHW, weight_C1kk, bias_C)
+    if not _eligible(x_BCHW, weight_C1kk, bias_C):
         return depthwise_reference(x_BCHW, weight_C1kk, bias_C)
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.liquiddiff.depthwise(x_BCHW, weight_C1kk, bias_C)
-    # what looks into or through operators (fake tensors, FLOP counters, DTensor, vmap) has to see torch's own
-    plain = type(x_BCHW) in _PLAIN and type(weight_C1kk) in _PLAIN
-    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if not _plain(x_BCHW, weight_C1kk):
         return depthwise_reference(x_BCHW, weight_C1kk, bias_C)
     if not torch.is_grad_enabled():
         return _forward(x_BCHW, weight_C1kk, bias_C)
@@ -89,7 +92,11 @@ _PLAIN = (Tensor, nn.Parameter)
 
 @contextmanager
 def literal() -> Iterator[None]:
-    """Within, `depthwise` is `depthwise_reference`, and `fused` is torch: for tests, budgets and benchmarks."""
+    """Within, the network is as one would write it: for tests and benchmarks.
+
+    `depthwise` is `depthwise_reference`, `fused` is torch, 1x1 products are convolutions, the spatial mix's kernels
+    are not merged, and the layout is that of the input.
+    """
     global _literal
     before, _literal = _literal, True
     try:
@@ -116,6 +123,33 @@ def _eligible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     C, k = weight.shape[0], weight.shape[-1]
     fits = x.dim() == 4 and x.shape[1] == C and weight.shape == (C, 1, k, k) and (bias is None or bias.shape == (C,))
     return fits and k in KERNEL_SIZES and x.numel() > 0
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Not seen by what looks into operators (fake tensors, FLOP counters, DTensor, vmap): that has to see torch's."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) in _PLAIN for t in tensors)
+
+
+def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By Triton's kernels where they are to be had and agree with torch on this device, in autocast's dtype."""
+    dtype, k = x.dtype, weight.shape[-1]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    tensors = [weight] if bias is None else [weight, bias]
+    cast = all(t.dtype is dtype for t in (x, *tensors)) or torch.is_autocast_enabled(x.device.type)
+    shaped = x.dim() == 4 and weight.shape == (x.shape[1], 1, k, k) and k in KERNEL_SIZES and x.numel() > 0
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not (cast and shaped and known) or torch.compiler.is_compiling() or not _plain(x, weight):
+        return depthwise_reference(x, weight, bias)
+    try:
+        from liquiddiff import depthwise_triton as gpu
+    except ImportError:  # no Triton on this platform
+        return depthwise_reference(x, weight, bias)
+    if not gpu.usable(x.device, k, dtype):
+        return depthwise_reference(x, weight, bias)
+    return gpu.Depthwise.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5)
         normed = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
         return torch.addcmul(_image(shift), normed, _image(1 + scale))
 
+    if is_literal():
+        return composed(x_BCHW, scale_BC, shift_BC).contiguous()  # torch's default layout
     return _lean(composed, x_BCHW, scale_BC, shift_BC)
 
 

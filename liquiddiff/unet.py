@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from liquiddiff import fused
 from liquiddiff.config import SIZES, Model, choose, from_dict
-from liquiddiff.depthwise import depthwise, merge_kernels
+from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 from liquiddiff.relaxation import LAWS
 
@@ -81,6 +81,8 @@ class SpatialMix(nn.Module):
         kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         if self.concat:
             y = torch.cat([depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)], dim=1)
+        elif is_literal():
+            y = torch.stack([depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]).sum(0)
         else:
             y = depthwise(n, merge_kernels(list(kernels)), torch.stack(biases).sum(0))
         if self.pool is None:
@@ -226,7 +228,9 @@ class LiquidDiffusionUNet(
         if H % self.stride or W % self.stride:
             raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
         temb = self.time(t_B)
-        x = self._step(self.stem, x_BCHW.contiguous(memory_format=torch.channels_last))
+        if not is_literal():
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        x = self._step(self.stem, x_BCHW)
         skips = []
         for i, level in enumerate(self.encoder):
             x = self._run(level.children(), x, temb, t_B, i == 0)  # (B, C_i, H / 2^i, W / 2^i)
