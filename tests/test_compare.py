@@ -29,7 +29,7 @@ def test_configuration_metrics_and_samples_are_set_side_by_side(pair, tmp_path, 
     assert lines[3].endswith("other keys agree")
     (row,) = [line.split() for line in lines if line.startswith("fd at 32 NFE")]
     assert row[4:] == ["0.33125", "0.13125", "-0.2"]
-    assert any(line.split() == ["val_loss", "0.12346", "0.12346", "+0"] for line in lines)
+    assert any(line.split() == ["val_loss", "0.123457", "0.123457", "+0"] for line in lines)
     assert "a column is one noise" in lines[-1]
     path = tmp_path / f"compare-{pair[0].folder.name}-{pair[1].folder.name}.png"
     from PIL import Image

@@ -61,10 +61,8 @@ def test_environment_yml_reads_the_same_files():
 
 def test_every_import_is_declared():
     declared = {canonicalize_name(r.name).replace("-", "_") for r in wanted()}
-    declared |= {
-        "efficientnet_lite0_model",
-        "mamba_ssm",
-    }  # a wheel's odd module name; a kernel used where it happens to be
+    # a wheel's odd module name; a kernel used where it happens to be; what torch's wheels for CUDA bring along
+    declared |= {"efficientnet_lite0_model", "mamba_ssm", "triton"}
     alias = {"yaml": "pyyaml", "hydra": "hydra_core", "PIL": "pillow", "sklearn": "scikit_learn"}
     for folder in FOLDERS:
         for path, name in imports(folder):

@@ -146,8 +146,9 @@ def test_same_numbers_as_calculate_metrics(digits, name):
     a, b = noisy(images[:300], 60), images[500:900]
     extract = metrics.load_extractor(name, None, CPU)
     row, theirs = metrics.compare(extract(a), extract(b)), outside(name, a, b)
-    assert row["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-    assert row["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    # features are of batches of another size, so that they differ in their last float32 digits
+    assert row["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert row["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     assert (row["precision"], row["recall"]) == (theirs["precision"], theirs["recall"])
     assert 0 < row["precision"] < 1
 
