@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from liquiddiff.config import BadInput
 from liquiddiff.depthwise import is_literal
+from liquiddiff.pointwise import pointwise
 
 
 class Slot(NamedTuple):
@@ -33,7 +34,7 @@ class Pointwise(nn.Linear):
         """See the class."""
         if is_literal():
             return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
-        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return pointwise(x_BCHW, self.weight, self.bias)
 
 
 class SparsePointwise(Pointwise):
@@ -60,7 +61,7 @@ class SparsePointwise(Pointwise):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """See the class."""
-        return F.linear(x_BCHW.permute(0, 2, 3, 1), self.weight * self.mask, self.bias).permute(0, 3, 1, 2)
+        return pointwise(x_BCHW, self.weight * self.mask, self.bias)
 
 
 @cache

@@ -1,0 +1,84 @@
+"""1x1 convolution that is fast on CPU: the matrix product over channels-last positions, beside the literal `F.conv2d`.
+
+torch gives a float32 product to MKL, which on a processor of another maker than its own runs at half of what AVX512
+can do. oneDNN, which torch has for convolutions, does not: forward and input gradient are its products, and the weight
+gradient, long and thin, is `pointwise.c`. Without AVX512 MKL keeps up and is left to work; so is it for every other
+device, dtype or mode (see native.eager).
+
+Legend: B batch, C and O input and output channels, H W space, N = B * H * W.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liquiddiff import native
+
+__all__ = ["pointwise"]
+
+
+def pointwise(x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
+    """1x1 convolution, (B, O, H, W), channels-last."""
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    tensors = (x_BHWC, weight_OC) if bias_O is None else (x_BHWC, weight_OC, bias_O)
+    if x_BHWC.is_contiguous() and native.eager(*tensors) and x_BHWC.numel() and _onednn():
+        if torch.is_grad_enabled():
+            return _Pointwise.apply(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
+        return _product(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
+    return F.linear(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X W^T + bias by oneDNN: the operator that torch.compile puts in the place of a linear layer."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _onednn() -> bool:
+    """Tell whether oneDNN is there, and the faster one."""
+    fast = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return fast and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("pointwise")
+    if library is not None:
+        pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
+        library.pw_weight_gradient.argtypes = [pointer] * 4 + [index] * 3 + [pointer, index]
+    return library
+
+
+def _weight_gradient(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """G^T x and the sum of g over positions."""
+    (N, O), C, lib = g.shape, x.shape[1], _library()
+    if lib is None or lib.pw_rows() > O or lib.pw_columns() > C:
+        return g.t() @ x, g.sum(0)
+    dw, db = g.new_empty(O, C), g.new_empty(O)
+    pointers = [t.data_ptr() for t in (g, x, dw, db)]
+    if lib.pw_weight_gradient(*pointers, N, O, C, native.parallel(), torch.get_num_threads()):
+        raise MemoryError("1x1 convolution: out of memory")
+    return dw, db
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad
+        g = g.contiguous()
+        dx = _product(g, weight.t().contiguous(), None) if need[0] else None
+        if not (need[1] or need[2]):
+            return dx, None, None
+        dw, db = _weight_gradient(g.flatten(0, -2), x.flatten(0, -2))
+        return dx, dw, db if need[2] else None
