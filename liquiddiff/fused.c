@@ -10,7 +10,11 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __AVX512F__
+#define VL 16
+#else
 #define VL 8
+#endif
 #define SMALL (16 * 1024) /* fewer elements than this are not worth a second thread */
 
 typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -47,7 +51,9 @@ INLINE vec existing(vec v, idx n) { /* zero past the end */
 }
 
 INLINE float total(vec v) {
-#ifdef __AVX__
+#if defined __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined __AVX__
     const __m256 w = (__m256)v;
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

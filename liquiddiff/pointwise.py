@@ -56,12 +56,12 @@ def _library() -> ctypes.CDLL | None:
 
 def _weight_gradient(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """G^T x and the sum of g over positions."""
-    (N, O), C, lib = g.shape, x.shape[1], _library()
-    if lib is None or lib.pw_rows() > O or lib.pw_columns() > C:
+    (N, outputs), C, lib = g.shape, x.shape[1], _library()
+    if lib is None or lib.pw_rows() > outputs or lib.pw_columns() > C:
         return g.t() @ x, g.sum(0)
-    dw, db = g.new_empty(O, C), g.new_empty(O)
+    dw, db = g.new_empty(outputs, C), g.new_empty(outputs)
     pointers = [t.data_ptr() for t in (g, x, dw, db)]
-    if lib.pw_weight_gradient(*pointers, N, O, C, native.parallel(), torch.get_num_threads()):
+    if lib.pw_weight_gradient(*pointers, N, outputs, C, native.parallel(), torch.get_num_threads()):
         raise MemoryError("1x1 convolution: out of memory")
     return dw, db
 
