@@ -30,8 +30,8 @@ SlurmctldPort=$1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until its credential has expired: two minutes by default.
-AuthInfo=socket=$D/munge.socket,cred_expire=2
+# A requeued job waits until its credential has expired: two minutes by default, or where this is under 5.
+AuthInfo=socket=$D/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$D/state
 SlurmdSpoolDir=$D/spool/%n
