@@ -72,14 +72,14 @@ class Flow:
 class Optim:
     """AdamW, linear warm-up, cosine decay to zero."""
 
-    images: int = 40_000  # training budget
+    images: int = 100_000  # training budget
     batch: int = 128
-    lr: float = 16e-3
-    warmup: int = 5_000  # images
+    lr: float = 8e-3
+    warmup: int = 10_000  # images
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
     clip: float = 1.0  # gradient norm; 0: off
-    ema: int = 5_000  # half-life in images
+    ema: int = 10_000  # half-life in images
     precision: str = "auto"  # auto: bf16 or fp16 on a GPU, by what it supports; fp32 on a CPU
     compile: bool = False  # torch.compile
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
@@ -96,7 +96,7 @@ class Eval:
     extractor: str = "digits"
     batch: int = 600  # any value gives the same images
     val_n: int = 512  # fixed (image, t, noise) triples behind val_loss
-    val_every: int = 10_000  # images
+    val_every: int = 20_000  # images
     weights: str | None = None  # a file of the extractor's weights
 
 
@@ -112,7 +112,7 @@ class Run:
     flow: Flow = field(default_factory=Flow)
     optim: Optim = field(default_factory=Optim)
     eval: Eval = field(default_factory=Eval)
-    checkpoint_every: int = 20_000  # images; at most this many are lost when a machine dies
+    checkpoint_every: int = 25_000  # images; at most this many are lost when a machine dies
     out: str = "runs"  # run folders and mlflow.db
     cache: str = "~/.cache/liquiddiff"  # decoded images, reference features
     device: str = "auto"
