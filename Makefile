@@ -3,6 +3,8 @@ PYTHON ?= python3
 ARGS ?= ablation=no_relaxation
 BIN := .venv/bin
 UV := uv==0.13.9
+# Tests start many processes: where nothing compiled is kept, each compiles all that it imports, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-slurm paper lint lock
 
