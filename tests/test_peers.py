@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import awake
 
 from experiments import compose
 from liquiddiff import budget, peers, trainer
@@ -19,14 +20,6 @@ SHAPES = {size: [(3, 32, 32), (3, 64, 64)] for size in SIZES} | {"nano": [(1, 8,
 def net_of(network, seed=0):
     net = budget.build(Model("nano", [16, 32], [1, 1], network=network), (1, 8, 8))
     initialise(net, seed)
-    return net
-
-
-def awake(net):
-    noise = torch.Generator().manual_seed(3)
-    for p in net.parameters():
-        if not p.detach().any():
-            torch.nn.init.normal_(p, std=0.3, generator=noise)
     return net
 
 

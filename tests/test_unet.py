@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import awake
 
 from liquiddiff import LiquidDiffusionUNet, budget
 from liquiddiff.config import SIZES, Mixer, Model
@@ -15,15 +16,6 @@ CLAIMED = {"tiny": 8e6, "small": 25e6, "base": 65e6, "large": 120e6}
 def net_of(**parts):
     net = LiquidDiffusionUNet(Model("test", [8, 16], [1, 1], **parts), in_channels=1, resolution=8)
     initialise(net, 0)
-    return net
-
-
-def awake(net):
-    """Zero-initialised weights drawn at random, so that every part has a say."""
-    noise = torch.Generator().manual_seed(3)
-    for p in net.parameters():
-        if not p.detach().any():
-            torch.nn.init.normal_(p, std=0.3, generator=noise)
     return net
 
 
