@@ -103,7 +103,8 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
         same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
         same["reference"] = tags.get("reference")
         facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
-        floor = {key.removeprefix("floor_"): value for key, value in last.items() if key.startswith("floor_")}
+        floors = {key.removeprefix("floor/"): value for key, value in last.items() if key.startswith("floor/")}
+        floor = {"fd" if key == fd else key: value for key, value in floors.items()}
         evaluations = [{"nfe": nfe, **same, **row} for nfe, row in sorted(by_nfe.items())]
         found.append(Found(run, tags.get("signature", today), today, facts, evaluations, floor or None))
     return found
@@ -134,7 +135,7 @@ def _read_sql(uri: str) -> Iterable[Stored]:
     needed = {
         "params": f"(params.key = 'seed' or params.run_uuid in ({first_of_each}))",
         "tags": "tags.key not like 'mlflow.%'",
-        "latest_metrics": "(latest_metrics.key in ('loss', 'val_loss') or latest_metrics.key like 'floor%')",
+        "latest_metrics": "(latest_metrics.key in ('loss', 'val_loss') or latest_metrics.key like 'floor/%')",
     }
     with engine.connect() as connection:
         for table, store in (("params", params), ("tags", tags), ("latest_metrics", last)):

@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from liquiddiff.config import flatten
@@ -21,6 +22,7 @@ SHARE = 0.01  # of a run's time may go into its mirror before it is done
 FIRST = 5.0  # seconds that the first call is expected to take: MLflow's import and a run's creation
 BATCH = 500  # points, and the line that reaches it, in a call: MLflow takes 1,000
 ATTEMPTS = 5  # at a store that is busy
+NOTE = "Scores (fd_*, kid, precision, recall): the step is NFE. loss, val_loss: the step is images seen."
 
 
 class Mirror:
@@ -89,6 +91,8 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
         save(experiment=tags["experiment"])
     elif "experiment" in state:  # analysis.sync does not know it
         tags = tags | {"experiment": state["experiment"]}
+    if not tags.get("room") and "experiment" in tags:  # the baseline stands in no room of its own
+        tags = tags | {"room": tags["experiment"]}
     # One process at a time where `out` is shared: SQLite has one writer, and processes that make a store at once crash.
     with open(record.out / "mlflow.lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -97,7 +101,8 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
             experiment = _experiment(client, record, uri)
             if "experiment" in tags:
                 tags = tags | {"mlflow.parentRunId": _parent(client, experiment, tags)}
-            made = client.create_run(experiment, run_name=f"{record.run.arm}-s{record.run.seed}", tags=tags)
+            name = f"{record.run.arm}-s{record.run.seed}"
+            made = client.create_run(experiment, _started(record), tags, name)
             save(
                 uri=uri, run_id=made.info.run_id, lines=0, time=None
             )  # at once: a kill must not leave a second run behind
@@ -125,7 +130,9 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
         if record.done:
             facts = [mlflow.entities.RunTag(key, str(value)) for key, value in record.facts().items()]
             client.log_batch(state["run_id"], tags=facts)
-            client.set_terminated(state["run_id"], "FINISHED")
+            began, seconds = _started(record), record.facts().get("seconds")
+            end = began + round(1000 * seconds) if began and seconds is not None else None
+            client.set_terminated(state["run_id"], "FINISHED", end)
         else:
             client.update_run(state["run_id"], "RUNNING")
 
@@ -135,7 +142,13 @@ def _experiment(client: Any, record: Record, uri: str) -> str:
     if found := client.get_experiment_by_name("liquiddiff"):
         return found.experiment_id
     location = (record.out / "mlruns").resolve().as_uri() if uri.startswith("sqlite:") else None
-    return client.create_experiment("liquiddiff", artifact_location=location)
+    return client.create_experiment("liquiddiff", location, {"mlflow.note.content": NOTE})
+
+
+def _started(record: Record) -> int | None:
+    """When the run began, in ms since 1970, so that MLflow shows its duration and not the mirror's."""
+    started = record.facts().get("started")
+    return round(1000 * datetime.fromisoformat(started).timestamp()) if started else None
 
 
 def _parent(client: Any, experiment: str, tags: dict[str, str]) -> str:
@@ -170,6 +183,6 @@ def _points(row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
             if extractor and key == "fd":
                 key = "fid" if extractor == "inception" else f"fd_{extractor}"
             if row.get("floor"):
-                yield f"floor_{key}", float(value), step
+                yield f"floor/{key}", float(value), step  # the slash gives them a section of their own
             elif key != "n":
                 yield key, float(value), step

@@ -36,7 +36,8 @@ def make(out: Path, arm: str = "baseline", seed: int = 0, fd: float = 0.3, done:
     protocol = {"solver": "euler", "extractor": "digits", "weights": "cd", "n": 1797, "reference": "ab12/1797"}
     for nfe in (1, 32):
         record.write({"nfe": nfe, **protocol, "fd": fd + 1 / nfe, **scores})
-    record.write({"floor": True, "n": 898, "reference_n": 898, "fd": 0.25, **scores})
+    floor = {"floor": True, "extractor": "digits", "weights": "cd", "n": 898, "reference_n": 898}
+    record.write({**floor, "fd": 0.25, **scores})
     if done:
         record.finish(seconds=240.0, peak_mib=512.5)
     return record
@@ -230,6 +231,29 @@ def test_mlflow_is_rebuilt_from_folders_and_gives_the_same_csv(out, tmp_path, ca
     ids = {run.info.run_id for run in mlflow_runs(uri)}
     assert len(ids) == 4 and kept in ids and not {lost, deleted} & ids
     assert gather(runs.from_mlflow(uri), tmp_path / "sql") == gather(runs.from_folders(out), tmp_path / "folders")
+
+
+def test_what_the_mlflow_page_shows(out):
+    """Names, tags, a parent for the room, how long a run took, curves against NFE, the floor apart, pictures."""
+    from mlflow import MlflowClient
+
+    from liquiddiff.tracking import mirror_to_mlflow
+
+    record = make(out)
+    (record.folder / "samples.png").write_bytes(b"a picture")
+    tags = {"arm": "baseline", "tier": "laptop", "room": "", "experiment": "relaxation"}
+    assert mirror_to_mlflow(record, tags, artifacts=True)
+    client = MlflowClient(uri := f"sqlite:///{out}/mlflow.db")
+    runs_by_name = {run.info.run_name: run for run in mlflow_runs(uri)}
+    run, parent = runs_by_name["baseline-s0"], runs_by_name["relaxation"]
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (run.data.tags["tier"], run.data.tags["room"]) == ("laptop", "relaxation")
+    assert run.info.end_time - run.info.start_time == 240_000
+    points = client.get_metric_history(run.info.run_id, "fd_digits")
+    assert [(point.step, point.value) for point in points] == [(1, 1.3), (32, 0.33125)]
+    assert run.data.metrics["floor/fd_digits"] == 0.25
+    assert "samples.png" in [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert "step is NFE" in client.get_experiment("1").tags["mlflow.note.content"]
 
 
 def test_sync_without_a_store_fails_and_says_so(out, capsys, monkeypatch):
