@@ -47,7 +47,6 @@ class Record:
         self.run = run
         self.out = Path(out or run.out).expanduser()
         self.folder = self.out / run.name
-        self.mlflow_failed = False
 
     def tracking_uri(self) -> str:
         """MLFLOW_TRACKING_URI, or a SQLite file beside the run folders."""

@@ -1,7 +1,7 @@
 """The mirror of run folders in MLflow. metrics.jsonl is written first and has everything, so this may fail or lag.
 
 Any number of processes may write to one store: each sends its new lines in batches, tries again where the store is
-busy, and sends nothing twice.
+busy, and sends nothing twice. Those of one `out` take turns at SQLite, which has one writer; a server serves all.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
@@ -37,16 +38,18 @@ class Mirror:
         begin = time.monotonic()
         if self.spent + self.last > SHARE * (begin - self.begin):
             return
-        mirror_to_mlflow(self.record, self.tags)
-        self.last = time.monotonic() - begin
-        self.spent += self.last
+        sent = mirror_to_mlflow(self.record, self.tags, wait=False)
+        cost = time.monotonic() - begin
+        self.spent += cost
+        self.last = cost if sent else max(cost, self.last)
 
 
-def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = False) -> bool:
+def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = False, wait: bool = True) -> bool:
     """Bring MLflow up to date with the run folder: parameters, tags, every new line; with `artifacts` also files.
 
     A tag `experiment` makes it a child of the run of that name and tier. Returns False, after one line on stderr,
-    where MLflow cannot be reached: no run fails for that, and `python -m analysis.sync` makes up for it.
+    where MLflow cannot be reached: no run fails for that, and `python -m analysis.sync` makes up for it. Without `wait`
+    also, and silently, where it is another process's turn.
     """
     for key, value in (
         ("DISABLE_TELEMETRY", "true"),
@@ -55,25 +58,24 @@ def mirror_to_mlflow(record: Record, tags: dict[str, str], artifacts: bool = Fal
     ):
         os.environ.setdefault(f"MLFLOW_{key}", value)
     uri = record.tracking_uri()
-    if record.mlflow_failed and not record.done:  # a dead server costs its timeout once, not at every checkpoint
-        return False
     try:
         for attempt in range(ATTEMPTS):
             try:
-                _mirror(record, tags, artifacts, uri)
+                _mirror(record, tags, artifacts, uri, wait)
                 return True
+            except BlockingIOError:
+                return False
             except Exception as error:
                 if "locked" not in str(error) or attempt == ATTEMPTS - 1:
                     raise
                 time.sleep(random.uniform(0, 2**attempt))
     except Exception as error:  # whatever a tracking server can throw must not cost the run
-        record.mlflow_failed = True
         line = str(error).strip().splitlines()[:1] or [type(error).__name__]
         print(f"MLflow at {uri} was not updated ({line[0][:160]}); the run folder has everything", file=sys.stderr)
     return False
 
 
-def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> None:
+def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str, wait: bool) -> None:
     import mlflow.entities
     from mlflow import MlflowClient
 
@@ -93,9 +95,11 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
         tags = tags | {"experiment": state["experiment"]}
     if not tags.get("room") and "experiment" in tags:  # the baseline stands in no room of its own
         tags = tags | {"room": tags["experiment"]}
-    # One process at a time where `out` is shared: SQLite has one writer, and processes that make a store at once crash.
-    with open(record.out / "mlflow.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as turn:
+        # SQLite has one writer, and in any store processes that begin at once make things twice, or crash.
+        if uri.startswith("sqlite:") or state.get("uri") != uri:
+            file = turn.enter_context(open(record.out / "mlflow.lock", "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         client = MlflowClient(tracking_uri=uri)
         if state.get("uri") != uri or not _holds(client, state["run_id"]):
             experiment = _experiment(client, record, uri)
@@ -103,26 +107,24 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str) -> 
                 tags = tags | {"mlflow.parentRunId": _parent(client, experiment, tags)}
             name = f"{record.run.arm}-s{record.run.seed}"
             made = client.create_run(experiment, _started(record), tags, name)
-            save(
-                uri=uri, run_id=made.info.run_id, lines=0, time=None
-            )  # at once: a kill must not leave a second run behind
+            # Noted at once: a kill must not leave a second run behind.
+            save(uri=uri, run_id=made.info.run_id, lines=0, time=None)
             params = [mlflow.entities.Param(k, str(v)) for k, v in flatten(record.run).items()]
             for k in range(0, len(params), 100):
                 client.log_batch(state["run_id"], params=params[k : k + 100])
+        if not uri.startswith("sqlite:"):
+            turn.close()
         rows = record.rows()
-        sent = min(state["lines"], len(rows))
-        while sent < len(rows):
+        while state["lines"] < len(rows):
             # The time is fixed before it is sent: what a kill or a retry sends again, the store knows and leaves out.
             points: list[Any] = []
-            upto, now = sent, state.get("time") or int(1000 * time.time())
+            upto, now = state["lines"], state.get("time") or int(1000 * time.time())
             while upto < len(rows) and len(points) < BATCH:
                 points += [mlflow.entities.Metric(name, value, now, step) for name, value, step in _points(rows[upto])]
                 upto += 1
             save(time=now)
             client.log_batch(state["run_id"], metrics=points)
             save(time=None, lines=upto)
-            sent = upto
-        save(lines=len(rows))
         if artifacts:
             for file_path in sorted(record.folder.glob("*")):
                 if file_path.suffix in {".png", ".yaml", ".json", ".jsonl", ".diff"} and file_path != path:
@@ -142,7 +144,12 @@ def _experiment(client: Any, record: Record, uri: str) -> str:
     if found := client.get_experiment_by_name("liquiddiff"):
         return found.experiment_id
     location = (record.out / "mlruns").resolve().as_uri() if uri.startswith("sqlite:") else None
-    return client.create_experiment("liquiddiff", location, {"mlflow.note.content": NOTE})
+    try:
+        return client.create_experiment("liquiddiff", location, {"mlflow.note.content": NOTE})
+    except Exception:
+        if found := client.get_experiment_by_name("liquiddiff"):  # a process of another `out` was faster
+            return found.experiment_id
+        raise
 
 
 def _started(record: Record) -> int | None:

@@ -5,20 +5,21 @@
 #   slurm_up.sh up DIR      prints the line that points Slurm's commands at it; everything it writes is in DIR
 #   slurm_up.sh node DIR N  starts the daemon of node N again
 #   slurm_up.sh down DIR    cancels the jobs, ends the daemons
+#   slurm_up.sh install DIR PACKAGE...  packages of Debian's, without the daemons that they would start; DIR gets the log
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 D=$2
 export SLURM_CONF=$D/slurm.conf
 
-packages() {
-  command -v munged slurmctld slurmd sbatch >/dev/null && return
-  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "Slurm is not installed, and only root with apt-get can do it" >&2; exit 3; }
+install() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "$* not installed; root with apt-get can do it" >&2; exit 3; }
   local policy=/usr/sbin/policy-rc.d ours=0  # keeps the packages from starting daemons of their own
   [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy; chmod +x $policy; ours=1; }
   apt-get update -qq >/dev/null 2>&1 || true
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge \
-    >"$D/apt.log" 2>&1 || { echo "Debian's Slurm packages cannot be had: $(tail -n 1 "$D/apt.log")" >&2; exit 3; }
-  ((ours)) && rm -f $policy || true
+  local status=0
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >"$D/apt.log" 2>&1 || status=3
+  ((ours)) && rm -f $policy
+  ((status == 0)) || { echo "Debian's $* cannot be had: $(tail -n 1 "$D/apt.log")" >&2; exit 3; }
 }
 
 configure() {  # $1: the first of four free ports
@@ -63,10 +64,13 @@ C
 }
 
 case $1 in
+install)
+  install "${@:3}"
+  ;;
 up)
   mkdir -p "$D"/state "$D"/spool
   chmod 755 "$D"
-  packages
+  command -v munged slurmctld slurmd sbatch >/dev/null || install slurmctld slurmd slurm-client munge
   configure "$(python3 -c 'import random; print(random.randrange(20000, 30000, 4))')"
   head -c 1024 /dev/urandom >"$D/munge.key"
   chmod 400 "$D/munge.key"

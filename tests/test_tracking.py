@@ -1,14 +1,18 @@
 """Many writers, one MLflow store: nothing is lost, and nothing is there twice."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +21,7 @@ from liquiddiff.config import Run
 from liquiddiff.record import Record
 from liquiddiff.tracking import Mirror, mirror_to_mlflow
 
+SCRIPT = Path(__file__).with_name("slurm_up.sh")
 WRITERS, LINES, AT_ONCE = 8, 500, 250
 TAGS = {"arm": "baseline", "tier": "laptop", "experiment": "relaxation"}
 
@@ -69,14 +74,37 @@ def test_eight_writers_lose_nothing_in_sqlite(tmp_path, monkeypatch):
     check(f"sqlite:///{tmp_path}/mlflow.db")
 
 
+@pytest.fixture
+def postgresql():
+    """The address of a database of its own, on a socket in a temporary folder."""
+    if not (found := sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
+        done = subprocess.run([SCRIPT, "install", "/tmp", "postgresql"], capture_output=True, text=True, timeout=300)
+        if done.returncode or not (found := sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
+            pytest.skip(f"no PostgreSQL here: {done.stderr.strip()}")
+    user = "postgres" if os.getuid() == 0 else None  # which the package made; the server does not run as root
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        shutil.chown(folder, user or os.getuid())
+
+        def run(name, *arguments):
+            command = [found[-1].with_name(name), "-D", f"{folder}/data", *arguments]
+            with open(f"{folder}/{name}.log", "a") as log:
+                done = subprocess.run(command, cwd=folder, user=user, stdout=log, stderr=log, timeout=120)
+            assert done.returncode == 0, "".join(path.read_text() for path in Path(folder).glob("*.log"))
+
+        run("initdb", "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--no-locale", "--no-sync")
+        run("pg_ctl", "--wait", f"--options=-c listen_addresses='' -k {folder} -F", "start")
+        yield f"postgresql+psycopg2://mlflow@/postgres?host={folder}"
+        run("pg_ctl", "--mode=immediate", "stop")
+
+
 @pytest.mark.slow
-def test_eight_writers_lose_nothing_on_a_server(tmp_path, monkeypatch):
-    # Its database is SQLite: PostgreSQL needs a driver that the suite does not install.
+@pytest.mark.slurm  # with the other tests that bring up services
+def test_eight_writers_lose_nothing_on_a_server_with_postgresql(tmp_path, monkeypatch, postgresql):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path)]
+    command += ["--backend-store-uri", postgresql, "--artifacts-destination", str(tmp_path)]
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=log, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -96,6 +124,18 @@ def test_eight_writers_lose_nothing_on_a_server(tmp_path, monkeypatch):
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_another_processs_turn_is_waited_for_at_the_end_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record = Record(Run(), tmp_path)
+    record.create()
+    record.write({"images": 1, "loss": 1.0})
+    with open(tmp_path / "mlflow.lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not mirror_to_mlflow(record, TAGS, wait=False)
+    assert not (tmp_path / "mlflow.db").exists() and not capsys.readouterr().err
+    assert mirror_to_mlflow(record, TAGS, wait=False)
 
 
 def test_what_is_sent_again_is_there_once(tmp_path, monkeypatch):
@@ -130,7 +170,7 @@ def test_the_mirror_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
     costs = []
 
-    def slow(record, tags):  # a store that stalls now and then
+    def slow(record, tags, wait):  # a store that stalls now and then
         costs.append(2.0 if len(costs) % 5 else 8.0)
         clock[0] += costs[-1]
         return True
