@@ -1,6 +1,6 @@
-"""Learning rates, chosen for every mixer by one rule: of the same three, the lowest held-out loss on seed 0.
+"""Learning rates, chosen for every mixer by one rule: of the same three, the lowest whose held-out loss ties the best.
 
-    python experiments/run.py experiment=mixer seed=0 optim.lr=2e-3,4e-3,8e-3 jobs=2
+    python experiments/run.py experiment=mixer seed=0 optim.lr=4e-3,8e-3,16e-3 jobs=2
     python -m analysis.learning_rates [experiment=mixer] [out=DIR] [seed=0]
 
 Writes the room's learning_rates.csv (tier, data, arm, lr, seed, images, val_loss, fd, chosen), keeping rows of runs
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 FILE = "learning_rates.csv"
 KEY = ["tier", "data", "arm", "lr", "seed"]
+TIE = 1e-3  # of val_loss: what a seed moves it by, so that one seed tells no rates apart that are nearer
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials in order, with `chosen` marking each arm's lowest val_loss; a tie goes to the lower rate."""
-    trials = trials.sort_values([*KEY[:3], "val_loss", "lr"])
-    trials["chosen"] = ~trials.duplicated(KEY[:3])
-    return trials.sort_values(KEY).reset_index(drop=True)
+    """The trials in order, with `chosen` marking each arm's lowest rate whose val_loss is within TIE of its best."""
+    trials = trials.sort_values(KEY).reset_index(drop=True)
+    tied = trials["val_loss"] <= trials.groupby(KEY[:3])["val_loss"].transform("min") + TIE
+    trials["chosen"] = tied & ~trials.where(tied).duplicated(KEY[:3])
+    return trials
 
 
 def trial(found: Found, today: "Run", nfe: float) -> dict[str, object] | None:

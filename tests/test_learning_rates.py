@@ -18,17 +18,17 @@ def found(run, val_loss):
     return Found(run, run.signature(), run.signature(), facts, [{"nfe": 32, "fd": 2 * val_loss}], None)
 
 
-def test_the_lowest_held_out_loss_is_chosen_and_ties_go_to_the_lower_rate():
+def test_the_lowest_rate_is_chosen_of_those_that_tie_the_lowest_held_out_loss():
     place = {"tier": "laptop", "data": "digits", "seed": 0}
-    losses = {"a": (0.5, 0.4, 0.6), "b": (0.3, 0.3, 0.4)}
+    losses = {"a": (0.5, 0.4, 0.6), "b": (0.3, 0.3 - 0.9 * learning_rates.TIE, 0.4), "c": (0.3, 0.2, 0.2)}
     rows = [
         {**place, "arm": arm, "lr": lr, "val_loss": loss}
         for arm in losses
         for lr, loss in zip((1, 2, 3), losses[arm], strict=True)
     ]
     trials = learning_rates.choose(pd.DataFrame(rows[::-1]))
-    assert trials[trials["chosen"]][["arm", "lr"]].values.tolist() == [["a", 2], ["b", 1]]
-    assert trials["lr"].tolist() == [1, 2, 3, 1, 2, 3]
+    assert trials[trials["chosen"]][["arm", "lr"]].values.tolist() == [["a", 2], ["b", 1], ["c", 2]]
+    assert trials["lr"].tolist() == 3 * [1, 2, 3]
 
 
 def test_a_trial_differs_from_the_arm_in_its_rate_alone():
