@@ -17,6 +17,7 @@ from liquiddiff.config import BadInput, Run, flatten, from_dict
 
 FOLDER = re.compile(r"(?P<arm>.+)-(?P<signature>[0-9a-f]{8})-s(?P<seed>\d+)")
 SCORES = ("fd", "fd_pixel", "kid", "precision", "recall")
+FLOOR = ("n", "reference_n", *SCORES)
 Row = dict[str, Any]
 Wanted = Callable[[str], bool]  # by the arm's name
 
@@ -103,8 +104,7 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
         same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
         same["reference"] = tags.get("reference")
         facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
-        floors = {key.removeprefix("floor/"): value for key, value in last.items() if key.startswith("floor/")}
-        floor = {"fd" if key == fd else key: value for key, value in floors.items()}
+        floor = {key: float(tags[f"floor_{key}"]) for key in FLOOR if f"floor_{key}" in tags}
         evaluations = [{"nfe": nfe, **same, **row} for nfe, row in sorted(by_nfe.items())]
         found.append(Found(run, tags.get("signature", today), today, facts, evaluations, floor or None))
     return found
@@ -135,7 +135,7 @@ def _read_sql(uri: str) -> Iterable[Stored]:
     needed = {
         "params": f"(params.key = 'seed' or params.run_uuid in ({first_of_each}))",
         "tags": "tags.key not like 'mlflow.%'",
-        "latest_metrics": "(latest_metrics.key in ('loss', 'val_loss') or latest_metrics.key like 'floor/%')",
+        "latest_metrics": "latest_metrics.key in ('loss', 'val_loss')",
     }
     with engine.connect() as connection:
         for table, store in (("params", params), ("tags", tags), ("latest_metrics", last)):

@@ -130,8 +130,9 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str, wai
                 if file_path.suffix in {".png", ".yaml", ".json", ".jsonl", ".diff"} and file_path != path:
                     client.log_artifact(state["run_id"], str(file_path))
         if record.done:
-            facts = [mlflow.entities.RunTag(key, str(value)) for key, value in record.facts().items()]
-            client.log_batch(state["run_id"], tags=facts)
+            floor = next((row for row in rows if row.get("floor")), {})
+            facts = record.facts() | {f"floor_{key}": floor[key] for key in floor if key != "floor"}
+            client.log_batch(state["run_id"], tags=[mlflow.entities.RunTag(k, str(v)) for k, v in facts.items()])
             began, seconds = _started(record), record.facts().get("seconds")
             end = began + round(1000 * seconds) if began and seconds is not None else None
             client.set_terminated(state["run_id"], "FINISHED", end)
@@ -183,13 +184,13 @@ def _holds(client: Any, run_id: str) -> bool:
 
 def _points(row: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
     """(metric, value, step) of a line: training by images, evaluation by NFE; fd is fid on Inception alone (rule 4)."""
+    if row.get("floor"):  # it has no step: a tag
+        return
     extractor = row.get("extractor")
     step = round(row.get("nfe" if extractor else "images", 0))  # an adaptive solver's NFE is a mean
     for key, value in row.items():
-        if isinstance(value, int | float) and key not in {"images", "nfe", "floor"}:
+        if isinstance(value, int | float) and key not in {"images", "nfe"}:
             if extractor and key == "fd":
                 key = "fid" if extractor == "inception" else f"fd_{extractor}"
-            if row.get("floor"):
-                yield f"floor/{key}", float(value), step  # the slash gives them a section of their own
-            elif key != "n":
+            if key != "n":
                 yield key, float(value), step
