@@ -7,11 +7,13 @@ import importlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode
 
 from liquiddiff.config import BadInput
 from liquiddiff.depthwise import is_literal
@@ -30,11 +32,12 @@ class Slot(NamedTuple):
 class Pointwise(nn.Linear):
     """A 1x1 convolution, as a matrix product over the channels-last layout: (B, C, H, W) -> (B, C', H, W)."""
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x_BCHW: Tensor, silu: bool = False) -> Tensor:
+        """See the class; with `silu`, SiLU of it."""
         if is_literal():
-            return F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
-        return pointwise(x_BCHW, self.weight, self.bias)
+            y = F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
+            return F.silu(y) if silu else y
+        return pointwise(x_BCHW, self.weight, self.bias, silu)
 
 
 class SparsePointwise(Pointwise):
@@ -59,9 +62,9 @@ class SparsePointwise(Pointwise):
         with torch.no_grad():
             self.weight.mul_(self.density**-0.5)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, silu: bool = False) -> Tensor:
         """See the class."""
-        return pointwise(x_BCHW, self.weight * self.mask, self.bias)
+        return pointwise(x_BCHW, self.weight * self.mask, self.bias, silu)
 
 
 @cache
@@ -85,6 +88,51 @@ def wiring(inputs: int, hidden: int) -> tuple[Tensor, Tensor]:
 def half(hidden: int) -> int:
     """AutoNCP's fan-out of a sensory and fan-in of a motor neuron at its default sparsity, one half."""
     return max(hidden // 2, 1)
+
+
+def upsampled(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor) -> Tensor:
+    """A 3x3 convolution of x doubled by nearest neighbours, (B, O, 2H, 2W).
+
+    Of the three rows of a kernel two meet the same row of x, which two by whether the output's row is even or odd: so
+    do their sum, and four 2x2 kernels on x itself do the same as 3x3 on the doubled, in 4/9 of the products.
+    """
+    counted = any(isinstance(mode, FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
+    if is_literal() or torch.compiler.is_compiling() or counted:  # multiply-adds are told of the literal
+        return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight_OC33, bias_O, padding=1)
+    kernels = [k for rows in _pairs(weight_OC33, 2) for k in _pairs(rows, 3)]  # (O, C, 2, 2) each
+    weight = torch.cat(kernels).contiguous(memory_format=torch.channels_last)
+    return _Interleave.apply(F.conv2d(x_BCHW, weight, bias_O.repeat(4), padding=1))
+
+
+def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The two taps that a kernel of three has along `dim` where the output is even, and where it is odd."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+
+class _Interleave(torch.autograd.Function):
+    """(B, 4 O, H + 1, W + 1) -> (B, O, 2 H, 2 W): output (2 h + a, 2 w + b) is kernel (a, b)'s at (h + a, w + b)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        y = y.permute(0, 2, 3, 1).unflatten(3, (4, -1))
+        B, H, W, _, channels = y.shape
+        out = y.new_empty(B, H - 1, 2, W - 1, 2, channels)
+        for a, b in PHASES:
+            out[:, :, a, :, b] = y[:, a : a + H - 1, b : b + W - 1, 2 * a + b]
+        return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        g = g.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        B, H, _, W, _, channels = g.shape
+        out = g.new_zeros(B, H + 1, W + 1, 4, channels)
+        for a, b in PHASES:
+            out[:, a : a + H, b : b + W, 2 * a + b] = g[:, :, a, :, b]
+        return out.flatten(3).permute(0, 3, 1, 2)
+
+
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class ZeroLinear(nn.Linear):

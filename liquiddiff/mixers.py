@@ -55,7 +55,7 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
-        z = F.silu(self.backbone(self.context(x_BCHW)))  # (B, M, H, W)
+        z = self.backbone(self.context(x_BCHW), silu=True)  # (B, M, H, W)
         g = self.g(z)  # (B, C, H, W)
         h = self.h(z) if self.h is not None else None
         if self.head_tanh:
@@ -120,7 +120,7 @@ class Conv(nn.Module):
 
     def pointwise(self, c_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """All that follows the depthwise convolution."""
-        z = F.silu(self.expand(c_BCHW))
+        z = self.expand(c_BCHW, silu=True)
         return self.contract(z * (1 + per_channel(self.scale(F.silu(temb_BD)))))
 
 

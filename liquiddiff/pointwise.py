@@ -22,20 +22,23 @@ from liquiddiff import native
 __all__ = ["pointwise"]
 
 
-def pointwise(x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
-    """1x1 convolution, (B, O, H, W), channels-last."""
+def pointwise(x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None, silu: bool = False) -> Tensor:
+    """1x1 convolution, or SiLU of it, (B, O, H, W), channels-last."""
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     tensors = (x_BHWC, weight_OC) if bias_O is None else (x_BHWC, weight_OC, bias_O)
     if x_BHWC.is_contiguous() and native.eager(*tensors) and x_BHWC.numel() and _onednn():
         if torch.is_grad_enabled():
-            return _Pointwise.apply(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
-        return _product(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
-    return F.linear(x_BHWC, weight_OC, bias_O).permute(0, 3, 1, 2)
+            y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O)
+        else:
+            return _product(x_BHWC, weight_OC, bias_O, "swish" if silu else "none").permute(0, 3, 1, 2)
+    else:
+        y_BHWO = F.linear(x_BHWC, weight_OC, bias_O)
+    return (F.silu(y_BHWO) if silu else y_BHWO).permute(0, 3, 1, 2)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
     """X W^T + bias by oneDNN: the operator that torch.compile puts in the place of a linear layer."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from liquiddiff import fused
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
+from liquiddiff.layers import upsampled
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 from liquiddiff.relaxation import LAWS
 
@@ -102,7 +103,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
-        return self.contract(F.silu(self.expand(self.norm(x_BCHW, temb_BD))))
+        return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True))
 
 
 class LiquidDiffusionBlock(nn.Module):
@@ -249,7 +250,8 @@ class LiquidDiffusionUNet(
         return self.fuse[i](torch.cat([x, skip], dim=1))
 
     def _double(self, i: int, x: Tensor) -> Tensor:
-        return self.up[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        conv: Any = self.up[i]
+        return upsampled(x, conv.weight, conv.bias)
 
 
 def _sized(size: str, in_channels: int, resolution: int) -> LiquidDiffusionUNet:
