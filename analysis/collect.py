@@ -6,7 +6,8 @@ the figures, curves.csv and samples/ (analysis/curves.py).
 Reads the run folders under out= (default runs/), which hold everything, and also MLflow where tracking_uri= is given.
 A run belongs to a room if the room lists its arm and seed and its configuration is the one that the arm has today, at
 the run's tier and data set: a run with another learning rate is another experiment. Rows of runs that are no longer
-here are kept, so several machines can add to one file; a second collection changes nothing.
+here are kept, so several machines can add to one file, unless they are of another budget than the runs that are: these
+are what the room is now. A second collection changes nothing.
 --benchmark times 10,000 runs in MLflow.
 """
 
@@ -27,6 +28,7 @@ from liquiddiff.config import BadInput
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
+    from liquiddiff.config import Run
 
 COLUMNS = [
     *"arm seed tier data data_fingerprint signature commit device images batch n reference extractor".split(),
@@ -35,11 +37,11 @@ COLUMNS = [
 ]
 WHOLE = frozenset("seed images batch n nfe ema params macs".split())
 Row = dict[str, str]
-Signature = Callable[["Experiment", str, str, str], str | None]  # of (experiment, arm, tier, data set)
+Today = Callable[["Experiment", str, str, str], "Run | None"]  # of (experiment, arm, tier, data set)
 
 
-def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> str | None:
-    """The signature that an arm has today in `experiment`; None where that tier and data set are not the room's.
+def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> "Run | None":
+    """An arm as it is today in `experiment`; None where that tier and data set are not the room's.
 
     Arrows run experiments -> analysis, so this is imported by the command alone, when it runs: only composing says
     whether a run is the room's, or a learning-rate trial of the same arm in the same folder.
@@ -52,16 +54,19 @@ def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> str | 
     fixed = {override.split("=")[0] for override in overrides}
     arguments = [*(o for o in free if o.split("=")[0] not in fixed), *overrides, f"ablation={arm}"]
     try:
-        return compose.as_run(compose.one(arguments)).signature()
+        return compose.as_run(compose.one(arguments))
     except BadInput:
         return None
 
 
-def belonging(
-    found: Iterable[Found], experiment: "Experiment", signature_of: Signature
-) -> tuple[list[Found], list[str]]:
+def belonging(found: Iterable[Found], experiment: "Experiment", today: Today) -> tuple[list[Found], list[str]]:
     """The room's runs, the newest of each (tier, data, arm, seed), and the names of those that only look like it."""
-    signature = cache(lambda *key: signature_of(experiment, *key))
+
+    @cache
+    def signature(*key: str) -> str | None:
+        run = today(experiment, *key)
+        return run.signature() if run else None
+
     chosen: dict[tuple[str, str, str, int], Found] = {}
     others = []
     for each in found:
@@ -75,6 +80,23 @@ def belonging(
         if key not in chosen or (each.started, each.name) > (chosen[key].started, chosen[key].name):
             chosen[key] = each
     return list(chosen.values()), others
+
+
+def outdated(old: list[Row], runs: list[Found], experiment: "Experiment", today: Today) -> list[Row]:
+    """Rows of another budget than the arm has today, where runs of their tier and data set are here to replace them."""
+    places = {(each.run.tier, each.run.data.name) for each in runs}
+
+    @cache
+    def budget(*key: str) -> tuple[str, ...] | None:
+        run = today(experiment, *key)
+        return (str(run.optim.images), str(run.optim.batch)) if run else None
+
+    return [
+        row
+        for row in old
+        if row["arm"] in experiment.arms and (row["tier"], row["data"]) in places
+        if budget(row["arm"], row["tier"], row["data"]) not in (None, (row["images"], row["batch"]))
+    ]
 
 
 def rows_of(found: Found) -> list[Row]:
@@ -163,11 +185,15 @@ def write(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> bool
     return True
 
 
-def collect(found: list[Found], experiment: "Experiment", folder: Path, signature_of: Signature = composed) -> None:
+def collect(found: list[Found], experiment: "Experiment", folder: Path, today: Today = composed) -> None:
     """Bring one room's results.csv, curves.csv and samples/ up to date; say in a few lines what happened."""
-    runs, others = belonging(found, experiment, signature_of)
+    runs, others = belonging(found, experiment, today)
     path = folder / "results.csv"
     old = read(path)
+    if gone := outdated(old, runs, experiment, today):
+        budgets = ", ".join(sorted({row["images"] for row in gone}))
+        print(f"{experiment.name}: {len(gone)} rows of another budget ({budgets} images) make place for today's")
+        old = [row for row in old if row not in gone]
     new = [row for each in sorted(runs, key=lambda each: each.name) for row in rows_of(each)]
     rows = merge(old, new, experiment)
     if others:
@@ -185,7 +211,8 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, signatur
     curve_path = folder / "curves.csv"
     points = [point for each in runs for point in curves.curve_of(each)]
     if points:
-        kept = read(curve_path, curves.COLUMNS)
+        known = {(row["arm"], row["signature"]) for row in rows}
+        kept = [point for point in read(curve_path, curves.COLUMNS) if (point["arm"], point["signature"]) in known]
         changed |= write(curve_path, curves.merge(kept, points, experiment), curves.COLUMNS)
     changed |= bool(curves.write_strips(runs, folder))
     count = Counter(row["arm"] for row in {(r["tier"], r["data"], r["arm"], r["seed"]): r for r in rows}.values())
@@ -198,7 +225,7 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, signatur
     )
 
 
-def main(argv: list[str], root: Path = cli.ROOMS, signature_of: Signature = composed) -> int:
+def main(argv: list[str], root: Path = cli.ROOMS, today: Today = composed) -> int:
     """Entry point; returns the exit status."""
     values, flags = cli.arguments(argv, {"experiment": "all", "out": "", "tracking_uri": ""}, ("--benchmark",))
     if flags:
@@ -215,7 +242,7 @@ def main(argv: list[str], root: Path = cli.ROOMS, signature_of: Signature = comp
     if values["out"] or not values["tracking_uri"]:
         found = list({each.name: each for each in [*found, *from_folders(out, arms.__contains__)]}.values())
     for experiment in rooms:
-        collect(found, experiment, root / experiment.name, signature_of)
+        collect(found, experiment, root / experiment.name, today)
     return 0
 
 

@@ -18,8 +18,8 @@ ROOM = Experiment("room", "?", "?", ["baseline", "conv"], [0, 1], "fd", 32, 0.01
 ARMS = {"baseline": Run(), "conv": Run(arm="conv", model=Model(relaxation="none"))}
 
 
-def signature_of(experiment, arm, tier, data):
-    return ARMS[arm].signature() if (tier, data) == ("laptop", "digits") else None
+def today(experiment, arm, tier, data):
+    return ARMS[arm] if (tier, data) == ("laptop", "digits") else None
 
 
 def make(out: Path, arm: str = "baseline", seed: int = 0, fd: float = 0.3, done: bool = True, **changes) -> Record:
@@ -53,7 +53,7 @@ def out(tmp_path, monkeypatch):
 
 def gather(found, folder: Path) -> list[dict[str, str]]:
     folder.mkdir(exist_ok=True)
-    collect.collect(found, ROOM, folder, signature_of)
+    collect.collect(found, ROOM, folder, today)
     return collect.read(folder / "results.csv")
 
 
@@ -100,6 +100,23 @@ def test_a_run_made_again_replaces_its_rows(out, tmp_path):
     make(out, fd=0.2)
     rows = gather(runs.from_folders(out), tmp_path / "room")
     assert [r["fd"] for r in rows] == ["1.2", "0.23125", "0.25"]
+
+
+def test_another_budget_replaces_the_old_one_whole(out, tmp_path, capsys, monkeypatch):
+    """Rows of the old budget would make every table refuse the room; they go once there is a run of today's."""
+    for arm in ("baseline", "conv"):
+        make(out, arm)
+    before = gather(runs.from_folders(out), tmp_path / "room")
+    before_it, longer = Run().optim.images, 2 * Run().optim.images
+    for arm, run in list(ARMS.items()):
+        monkeypatch.setitem(ARMS, arm, replace(run, optim=replace(run.optim, images=longer)))
+    assert gather([], tmp_path / "room") == before  # nothing to replace them with
+    make(out)
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert [(r["arm"], r["images"]) for r in rows[::2]] == [("baseline", str(longer)), ("real", "")]
+    assert f"4 rows of another budget ({before_it} images)" in capsys.readouterr().out
+    points = collect.read(tmp_path / "room/curves.csv", collect.curves.COLUMNS)
+    assert {point["signature"] for point in points} == {ARMS["baseline"].signature()}
 
 
 def test_only_the_rooms_own_runs_count(out, tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_collect import ROOM, make, signature_of
+from test_collect import ROOM, make, today
 from test_tables import fill, make_room, results
 
 from analysis import collect, curves, figures, plots, runs, style, views
@@ -160,7 +160,7 @@ def test_another_picture_is_no_sheet(tmp_path):
 
 def collect_room(out: Path, folder: Path) -> tuple[list[dict[str, str]], dict[str, bytes]]:
     folder.mkdir(exist_ok=True)
-    collect.collect(runs.from_folders(out), ROOM, folder, signature_of)
+    collect.collect(runs.from_folders(out), ROOM, folder, today)
     strips = {path.name: path.read_bytes() for path in (folder / "samples").glob("*")}
     return collect.read(folder / "curves.csv", curves.COLUMNS), strips
 
