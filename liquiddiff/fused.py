@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
 from liquiddiff.depthwise import is_literal
-from liquiddiff.layers import full, full_precision
+from liquiddiff.layers import full, full_precision, low_precision
 
 __all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
 
@@ -110,16 +110,8 @@ def _lean(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
     Autocast's own way is to keep the float32 copies and results of every step of the chain: 2.4 times the bytes.
     """
-    device = tensors[0].device.type
-    if device == "meta":  # which knows no autocast: memory.py says by the type of the image what it plays
-        low = tensors[0].dtype
-    elif torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-    else:
-        return function(*tensors)
-    if low not in (torch.float16, torch.bfloat16):
-        return function(*tensors)
-    if is_literal() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    low = low_precision(tensors[0])
+    if low is None:
         return function(*tensors)
     with full_precision(tensors[0]):
         return _Lean.apply(function, low, *tensors)

@@ -46,7 +46,7 @@ def training_memory(
         net.checkpointing = checkpointing
         x, t = torch.empty(batch, *image_shape), torch.empty(batch)
     with Live() as live, autocast(dtype):
-        v = net(x.contiguous(memory_format=torch.channels_last), t)
+        v = net(x.to(dtype).contiguous(memory_format=torch.channels_last), t)
         loss = (v.float() - x).square().mean()
         del v
         saved = live.now

@@ -55,7 +55,17 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
-        z = self.backbone(self.context(x_BCHW), silu=True)  # (B, M, H, W)
+        return self._rest(self.backbone(self.context(x_BCHW), silu=True), temb_BD, t_B)
+
+    def first(self, x_BCHW: Tensor) -> Tensor:
+        """Up to the first product, (B, M, H, W): `rest` of it is the cell (see LiquidDiffusionBlock.in_steps)."""
+        return self.backbone(self.context(x_BCHW))
+
+    def rest(self, z_BMHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        """What follows `first`."""
+        return self._rest(F.silu(z_BMHW), temb_BD, t_B)
+
+    def _rest(self, z: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         g = self.g(z)  # (B, C, H, W)
         h = self.h(z) if self.h is not None else None
         if self.head_tanh:

@@ -21,9 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from liquiddiff import fused
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
-from liquiddiff.layers import upsampled
+from liquiddiff.layers import low_precision, upsampled
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 from liquiddiff.relaxation import LAWS
+
+LARGE = 128 * 128  # positions; in mixed precision, of an image of which less is kept for the backward pass
+PART = 2**23  # elements of a step's first tensor that the backward pass computes again at once
 
 
 class TimeEmbedding(nn.Module):
@@ -105,6 +108,14 @@ class FeedForward(nn.Module):
         """See the class."""
         return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True))
 
+    def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
+        """Up to the first product."""
+        return self.expand(self.norm(x_BCHW, temb_BD))
+
+    def rest(self, x_BCHW: Tensor) -> Tensor:
+        """What follows `first`."""
+        return self.contract(F.silu(x_BCHW))
+
 
 class LiquidDiffusionBlock(nn.Module):
     """x + Relax(Mixer)(AdaLN(x)); + SpatialMix; + FeedForward."""
@@ -122,28 +133,35 @@ class LiquidDiffusionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        for part in self.parts():
-            x_BCHW = part(x_BCHW, temb_BD, t_B)
-        return x_BCHW
-
-    def parts(self) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        """The residual steps, in order."""
-        return [self._mix, self._spatial, self._feed_forward]
-
-    def _mix(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        n = self.norm(x_BCHW, temb_BD)
-        y = self.mixer(n, temb_BD, t_B)
-        if self.relaxation.replaces_residual:
-            return self.relaxation(x_BCHW, y, t_B, temb_BD)
-        if alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
-            return fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
-        return x_BCHW + self.relaxation(n, y, t_B, temb_BD)
-
-    def _spatial(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        return x_BCHW if self.spatial is None else x_BCHW + self.spatial(x_BCHW, temb_BD)
-
-    def _feed_forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        x_BCHW = self._mixed(x_BCHW, temb_BD, t_B)
         return x_BCHW + self.feed_forward(x_BCHW, temb_BD)
+
+    def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
+        """The same by `step(function, *tensors)`, each of which ends with a product.
+
+        If `step` keeps only `tensors` for the backward pass, what has to be computed again is cheap, for the last
+        product of a step is not: depthwise convolutions, what is element by element, and the cell's heads.
+        """
+        if first := getattr(self.mixer, "first", None):
+            z = step(lambda x, temb: first(self.norm(x, temb)), x, temb)
+            x = step(lambda x, z, temb, t: self._mixed(x, temb, t, z), x, z, temb, t)
+        else:
+            x = step(self._mixed, x, temb, t)
+        y = step(self.feed_forward.first, x, temb)
+        return step(lambda x, y: x + self.feed_forward.rest(y), x, y)
+
+    def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
+        """All but the feed-forward; `z` is what the mixer's `first` gave."""
+        n = self.norm(x_BCHW, temb_BD)
+        mixer: Any = self.mixer
+        y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
+        if self.relaxation.replaces_residual:
+            x_BCHW = self.relaxation(x_BCHW, y, t_B, temb_BD)
+        elif alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
+            x_BCHW = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
+        else:
+            x_BCHW = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
+        return x_BCHW if self.spatial is None else x_BCHW + self.spatial(x_BCHW, temb_BD)
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -154,6 +172,19 @@ class ZeroConv2d(nn.Conv2d):
         nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def plainly(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A step: `function(*tensors)`."""
+    return function(*tensors)
+
+
+def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A step of which only `tensors` are kept: the backward pass computes the rest again, few images at a time."""
+    each = max(1, PART // max(1, tensors[0][:1].numel()))
+    parts = zip(*(tensor.split(each) for tensor in tensors), strict=True)
+    done = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(done) if len(done) > 1 else done[0]
 
 
 class LiquidDiffusionUNet(
@@ -206,21 +237,12 @@ class LiquidDiffusionUNet(
             ZeroConv2d(channels[0], in_channels, 3, padding=1),
         )
 
-    def _step(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """`function(*tensors)`; with checkpointing only `tensors` are kept, and the backward pass computes it again."""
-        if not self.checkpointing or not torch.is_grad_enabled():
-            return function(*tensors)
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
-
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, temb: Tensor, t: Tensor, largest: bool = False) -> Tensor:
-        def by_parts(block: Any, x: Tensor) -> Tensor:  # what one block computes again sets the peak
-            for part in block.parts():
-                x = self._step(part, x, temb, t)
-            return x
-
+    def _run(self, blocks: Iterable[Any], step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
         for block in blocks:
-            whole = partial(by_parts, block) if largest and self.checkpointing else partial(block, temb_BD=temb, t_B=t)
-            x = self._step(whole, x)
+            if self.checkpointing:
+                x = step(block, x, temb, t)
+            else:
+                x = block(x, temb, t) if step is plainly else block.in_steps(step, x, temb, t)
         return x
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -231,20 +253,22 @@ class LiquidDiffusionUNet(
         temb = self.time(t_B)
         if not is_literal():
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        x = self._step(self.stem, x_BCHW)
+        lean = self.checkpointing or (H * W >= LARGE and low_precision(x_BCHW) is not None)
+        step = again if lean and torch.is_grad_enabled() else plainly
+        x = step(self.stem, x_BCHW)
         skips = []
         for i, level in enumerate(self.encoder):
-            x = self._run(level.children(), x, temb, t_B, i == 0)  # (B, C_i, H / 2^i, W / 2^i)
+            x = self._run(level.children(), step, x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)
             skips.append(x)
             if i < len(self.down):
                 x = self.down[i](x)
-        x = self._run(self.middle.children(), x, temb, t_B)
+        x = self._run(self.middle.children(), step, x, temb, t_B)
         for i in reversed(range(len(self.decoder))):
-            x = self._step(partial(self._join, i), x, skips.pop())
-            x = self._run(self.decoder[i].children(), x, temb, t_B, i == 0)
+            x = step(partial(self._join, i), x, skips.pop())
+            x = self._run(self.decoder[i].children(), step, x, temb, t_B)
             if i > 0:
-                x = self._step(partial(self._double, i - 1), x)
-        return self._step(self.head, x)
+                x = step(partial(self._double, i - 1), x)
+        return step(self.head, x)
 
     def _join(self, i: int, x: Tensor, skip: Tensor) -> Tensor:
         return self.fuse[i](torch.cat([x, skip], dim=1))
