@@ -20,10 +20,7 @@ test-slurm: .venv/.installed
 
 # Tables, figures, claims and the page, from committed results alone; a second run changes no byte.
 paper: .venv/.installed
-	$(BIN)/python -m analysis.tables
-	$(BIN)/python -m analysis.plots
-	$(BIN)/python -m analysis.claims
-	$(BIN)/python -m analysis.report
+	$(BIN)/python -m analysis.paper
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

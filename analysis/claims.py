@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from analysis import cli
@@ -79,6 +80,26 @@ def page(judged: list[Judged]) -> str:
     return "\n".join(parts)
 
 
+PARTS = """## dynamics: what the liquid parts do
+
+`python -m analysis.dynamics` makes these figures and tables from `dynamics.csv`.
+
+"""
+
+
+def parts_of(root: Path) -> str:
+    """The page's end: figures and tables of gate, alpha, gradient and straightness; "" where nothing was measured."""
+    path = root / "claims" / "dynamics.csv"
+    if not path.exists():
+        return ""
+    from analysis import dynamics_plots
+
+    figures = root.parent / "paper/figures"
+    shown = [svg.name for svg in dynamics_plots.drawable(path, figures, "claims")]
+    pictures = [f"![{Path(name).stem.split('-', 1)[1]}](../../paper/figures/{name})" for name in shown]
+    return "\n" + PARTS + "\n\n".join([*pictures, dynamics_plots.markdown(pd.read_csv(path))]) + "\n"
+
+
 def short(judged: list[Judged], base: str) -> str:
     """One line a verdict, with links to the claims of the page at `base`."""
     from analysis.evidence import WORDS
@@ -94,7 +115,7 @@ def short(judged: list[Judged], base: str) -> str:
 
 def files_of(root: Path, judged: list[Judged]) -> dict[Path, str]:
     """{path: its text with these verdicts}. The main README takes part where it has the markers."""
-    files = {root / "claims" / "README.md": page(judged)}
+    files = {root / "claims" / "README.md": page(judged) + parts_of(root)}
     readme = root.parent / "README.md"
     text = readme.read_text() if readme.exists() else ""
     if BEGIN in text or END in text:

@@ -2,10 +2,11 @@
 
     python -m analysis.dynamics run=FOLDER                     one finished run, printed
     python -m analysis.dynamics [experiment=ROOM] out=runs     measure a room's finished runs into its dynamics.csv
-    python -m analysis.dynamics [experiment=ROOM]              print and draw what its dynamics.csv holds
+    python -m analysis.dynamics [experiment=ROOM] [--check]    print and draw what its dynamics.csv holds
 
 experiment=claims (the default) is the arms that the claims rest on. Measured on EMA weights, held-out images and fixed
-noise, the same in every arm; a run that the file already holds is not measured again. Figures: paper/figures/.
+noise, the same in every arm; a run that the file already holds is not measured again, and rows of another budget go.
+Figures: paper/figures/. --check draws nothing and exits with 1 where a figure was drawn from other data.
 Columns, a row for each block and t (and one a run for its straightness, that of liquiddiff/reflow.py):
 
     gate_mean gate_sd      of sigma(a f - b), or what the arm has in its place, over images, channels and positions
@@ -183,7 +184,8 @@ def bring_up_to_date(path: Path, found: "list[Found]", out: Path) -> None:
             continue
         print(f"measuring {each.name}", flush=True)
         new = pd.DataFrame(measure(out / each.name), columns=COLUMNS)
-        parts = [part for part in (frame[~same], new) if len(part)]
+        other = (frame[["tier", "data"]] == key[:2]).all(axis=1) & (frame["images"] != run.optim.images)
+        parts = [part for part in (frame[~same & ~other], new) if len(part)]
         frame = pd.concat(parts).sort_values(RUN, kind="stable")
         temporary = path.with_suffix(".tmp")
         frame.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
@@ -207,43 +209,18 @@ def runs_of(experiment: str, out: Path) -> "list[Found]":
     ]
 
 
-# --- the printed table and the command -------------------------------------------------------------------------------
-
-
-LINE = "{:>13}" + "{:>14}{:>11}" * 2 + "{:>12}{:>20}{:>11}{:>11}"
-HEAD = ("gate at t=0", "saturated", "gate at t=1", "saturated", "alpha .05", "alpha 1 [range]", "grad .05", "grad 1")
-NOTE = (
-    "saturated: gate below 0.05 or above 0.95; grad: gradient of the mixer's parameters / of the block's other layers"
-)
-
-
-def table(frame: "pd.DataFrame") -> str:
-    """A line a block, means over seeds; one table an arm, tier and data set."""
-    texts = []
-    for (tier, data, arm), rows in frame.groupby(RUN[:3], sort=False):
-        seeds, straight = rows["seed"].nunique(), rows["straightness"].mean()
-        lines = [f"{arm}, {tier} tier, {data}, {seeds} seed{'s' * (seeds > 1)}; straightness {straight:.3g}"]
-        lines.append(LINE.format("block", *HEAD))
-        for layer, at in rows[rows["layer"] != "network"].groupby("layer", sort=False):
-            v = at.groupby("t")[VALUES].mean()
-            gate = [
-                (f"{v.gate_mean[t]:.2f} ± {v.gate_sd[t]:.2f}", f"{v.gate_low[t] + v.gate_high[t]:.1%}") for t in (0, 1)
-            ]
-            alpha = f"{v.alpha_mean[0.05]:.3f}", f"{v.alpha_mean[1]:.2f} [{v.alpha_min[1]:.2f} {v.alpha_max[1]:.2f}]"
-            share = [f"{v.gradient_mixer[t] / v.gradient_rest[t]:.1%}" for t in (0.05, 1.0)]
-            cells: list[str] = [str(layer), *gate[0], *gate[1], *alpha, *share]
-            lines.append(LINE.format(*("—" if "nan" in cell else cell for cell in cells)))
-        texts.append("\n".join(lines))
-    return "\n\n".join([*texts, NOTE])
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str], root: Path = cli.ROOMS) -> int:
     """Entry point; returns the exit status."""
-    values, _ = cli.arguments(argv, {"run": "", "experiment": "claims", "out": ""})
+    values, flags = cli.arguments(argv, {"run": "", "experiment": "claims", "out": ""}, ("--check",))
     import pandas as pd
 
+    from analysis import dynamics_plots
+
     if values["run"]:
-        print(table(pd.DataFrame(measure(Path(values["run"])), columns=COLUMNS)))
+        print(dynamics_plots.table(pd.DataFrame(measure(Path(values["run"])), columns=COLUMNS)))
         return 0
     name = values["experiment"]
     path = root / (name if name == "claims" else cli.rooms(name, root)[0].name) / "dynamics.csv"
@@ -252,11 +229,14 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
         bring_up_to_date(path, runs_of(name, out), out)
     if not path.exists():
         raise BadInput(f"{path} is not there yet: python -m analysis.dynamics experiment={name} out=runs")
-    from analysis import dynamics_plots
-
-    frame = read(path)
-    dynamics_plots.draw(frame, root.parent / "paper" / "figures", name)
-    print(table(frame))
+    folder = root.parent / "paper" / "figures"
+    if flags:
+        stale = dynamics_plots.stale(path, folder, name)
+        if stale:
+            print(f"not of today's data: {', '.join(map(str, stale))}; python -m analysis.dynamics", file=sys.stderr)
+        return 1 if stale else 0
+    dynamics_plots.draw(path, folder, name)
+    print(dynamics_plots.table(read(path)))
     return 0
 
 

@@ -1,5 +1,8 @@
-"""Figures of what analysis/dynamics.py measured: gate and alpha against t in every block, the mixer's gradient."""
+"""Figures and tables of what analysis/dynamics.py measured: gate and alpha against t in every block, the mixer's
+gradient, the straightness of the paths.
+"""
 
+import hashlib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +14,40 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import style
+from analysis import figures, render, stats, style
 
 COLUMNS, T = 2, "t   (0: data, 1: noise)"
 Panel = Callable[[Axes, str, pd.DataFrame, dict[str, Any]], None]  # axes, arm, its rows of one block, its looks
 
 
-def draw(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
-    """Every figure that the rows allow, one set a tier and data set, as SVG with its PNG beside it; the SVGs' paths."""
-    paths = []
+def drawable(path: Path, folder: Path, stem: str) -> "dict[Path, tuple[str, pd.DataFrame, str]]":
+    """{SVG: (kind, its rows, tier and data set)} of every figure that a dynamics.csv allows."""
+    found = {}
+    frame = pd.read_csv(path, dtype={"signature": str})
     for k, ((tier, data), rows) in enumerate(frame.groupby(["tier", "data"], sort=False)):
-        for kind, (column, figure) in FIGURES.items():
+        for kind, (column, _) in FIGURES.items():
             if len(shown := rows.dropna(subset=[column])):
-                paths.append(folder / f"{stem if k == 0 else f'{stem}-{tier}-{data}'}-{kind}.svg")
-                style.save(figure(shown, f"{tier} tier, {data}"), paths[-1])
-    return paths
+                name = f"{stem if k == 0 else f'{stem}-{tier}-{data}'}-{kind}.svg"
+                found[folder / name] = (kind, shown, f"{tier} tier, {data}")
+    return found
+
+
+def source_of(path: Path) -> str:
+    """What a figure carries in its metadata, so that it can be told from one of other data."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def draw(path: Path, folder: Path, stem: str) -> list[Path]:
+    """Every figure that a dynamics.csv allows, as SVG with its PNG beside it; the SVGs' paths."""
+    found = drawable(path, folder, stem)
+    for svg, (kind, rows, where) in found.items():
+        style.save(FIGURES[kind][1](rows, where), svg, source_of(path))
+    return list(found)
+
+
+def stale(path: Path, folder: Path, stem: str) -> list[Path]:
+    """The figures that are not there, or were drawn from other data."""
+    return [svg for svg in drawable(path, folder, stem) if figures.source_of(svg) != source_of(path)]
 
 
 def place(layer: str) -> str:
@@ -112,8 +134,79 @@ def gradient(frame: pd.DataFrame, where: str) -> Figure:
     return figure
 
 
+def straightness(frame: pd.DataFrame, where: str) -> Figure:
+    """How far the paths are from straight lines: a dot a seed, a bar at the mean."""
+    arms = list(dict.fromkeys(frame["arm"]))
+    looks = style.looks(arms)
+    figure, axis = style.canvas(1.5 + 0.32 * len(arms))
+    for k, arm in enumerate(arms):
+        values = frame.loc[frame["arm"] == arm, "straightness"]
+        axis.plot(values, [k] * len(values), "o", color=looks[arm]["color"], alpha=0.75)
+        axis.plot(values.mean(), k, "|", color=looks[arm]["color"], markersize=16, markeredgewidth=2)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_xlim(0, 1.08 * frame["straightness"].max())
+    axis.set_xlabel("squared distance of the velocity from that of\na straight line; 0: straight; dot: seed; bar: mean")
+    axis.set_title(f"Straightness of the paths\n{where}")
+    return figure
+
+
 FIGURES = {
     "gate": ("gate_mean", gate),
     "alpha": ("alpha_mean", alpha),
     "gradient": ("gradient_mixer", gradient),
+    "straightness": ("straightness", straightness),
 }
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+HEAD = (
+    *("block", "gate at t=0", "saturated", "gate at t=1", "saturated", "alpha at .05", "alpha at 1 [channels]"),
+    *("gradient at .05", "gradient at 1"),
+)
+NOTE = (
+    "Means over seeds. Gate: ± standard deviation over images, channels and positions; saturated: below 0.05 or above "
+    "0.95. Gradient: that of the mixer's parameters over that of the block's other layers. Straightness: "
+    "squared distance of the velocity from that of a straight line, over the path; 0 is straight."
+)
+
+
+def cells(frame: pd.DataFrame) -> dict[str, list[tuple[str, ...]]]:
+    """{title: a line a block} of each arm, tier and data set."""
+    found = {}
+    for (tier, data, arm), rows in frame.groupby(["tier", "data", "arm"], sort=False):
+        straight = render.mean_se(*stats.mean_se(rows["straightness"].dropna()))
+        lines = []
+        for layer, at in rows[rows["layer"] != "network"].groupby("layer", sort=False):
+            v = at.groupby("t").mean(numeric_only=True)
+            gates = [
+                (f"{v.gate_mean[t]:.2f} ± {v.gate_sd[t]:.2f}", f"{v.gate_low[t] + v.gate_high[t]:.1%}") for t in (0, 1)
+            ]
+            alphas = f"{v.alpha_mean[0.05]:.3f}", f"{v.alpha_mean[1]:.2f} [{v.alpha_min[1]:.2f}, {v.alpha_max[1]:.2f}]"
+            shares = [f"{v.gradient_mixer[t] / v.gradient_rest[t]:.1%}" for t in (0.05, 1.0)]
+            line = (place(str(layer)), *gates[0], *gates[1], *alphas, *shares)
+            lines.append(tuple(render.NOT_APPLICABLE if "nan" in cell else cell for cell in line))
+        found[f"{arm}, {tier} tier, {data}; straightness {straight}"] = lines
+    return found
+
+
+def table(frame: pd.DataFrame) -> str:
+    """For a terminal: a table an arm, tier and data set."""
+    texts = []
+    for title, lines in cells(frame).items():
+        widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
+        aligned = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in (HEAD, *lines)]
+        texts.append("\n".join([title, *aligned]))
+    return "\n\n".join([*texts, textwrap.fill(NOTE, 118)])
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The same for a page."""
+    rule = "|---" + "|--:" * (len(HEAD) - 1) + "|"
+    texts = []
+    for title, lines in cells(frame).items():
+        texts += [f"**{title}**", "\n".join([f"| {' | '.join(line)} |" for line in (HEAD,)] + [rule])]
+        texts[-1] += "".join(f"\n| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([*texts, NOTE])

@@ -7,12 +7,12 @@ needs no other: figures are inlined, there is no script and nothing is fetched. 
 where the page is not today's.
 """
 
-import base64
 import re
 import sys
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from analysis import cli, figures, render, stats, tables, views
 from liquiddiff.config import BadInput
@@ -34,6 +34,7 @@ p, li { max-width: 46rem; overflow-wrap: anywhere; }
 nav a { display: inline-block; padding: 0.35rem 0.7rem 0.35rem 0; }
 a { color: #0b5cad; }
 code { font-size: 0.9em; background: var(--soft); padding: 0 0.2em; border-radius: 3px; }
+pre { background: var(--soft); padding: 0.6rem; border-radius: 6px; overflow-x: auto; font-size: 0.85rem; }
 .note { color: var(--dim); font-size: 0.85rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: 0.75rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; min-width: 100%; }
@@ -48,15 +49,19 @@ th:first-child { background: var(--soft); }
   align-items: start; margin: 1rem 0; }
 figure { margin: 0; max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; }
+@media (min-width: 601px) { wbr { display: none; } }
 @media (max-width: 600px) {
   td.text { min-width: 11rem; }
-  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; max-width: 8rem; }
+  th:first-child, td:first-child { white-space: normal; max-width: 8rem; }
 }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
   h2 { break-before: page; border: 0; }
+  h2:first-of-type { break-before: auto; }
+  .claims { columns: 2; column-gap: 10mm; }
+  .claims .scroll, .claims .figures { column-span: all; }
   h2, h3, th { break-after: avoid; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 6.4pt; width: 100%; }
@@ -69,16 +74,26 @@ figure img { width: 100%; height: auto; display: block; }
 """
 
 
-def html_of(markdown: str) -> str:
-    """The Markdown that this project's commands write (headings, paragraphs, pipe tables, inline marks) as HTML."""
-    parts, table = [], []
-    for block in re.split(r"\n\s*\n", re.sub(r"<!--.*?-->", "", markdown).strip()):
+def html_of(markdown: str, pictures: Path | None = None) -> str:
+    """The Markdown that this project's pages use (headings, paragraphs, code, pipe tables, inline marks) as HTML.
+
+    Pictures are read from `pictures` by their names.
+    """
+    parts = []
+    markdown = re.sub(r"(!\[.*\]\(.*\))\n+(?=!\[)", r"\1\n", re.sub(r"<!--.*?-->", "", markdown).strip())
+    for block in re.split(r"\n\s*\n", markdown):
         lines = block.splitlines()
         table = [line for line in lines if line.startswith("|")]
         text = " ".join(line for line in lines if not line.startswith("|"))
         if heading := re.match(r"(#+) (.*)", text):
             level = min(4, len(heading[1]) + 1)
-            parts.append(f"<h{level}>{inline(heading[2])}</h{level}>")
+            anchor = re.sub(r"[^\w\- ]", "", heading[2].lower()).replace(" ", "-")
+            parts.append(f'<h{level} id="{anchor}">{inline(heading[2])}</h{level}>')
+        elif text.startswith("```"):
+            parts.append(f"<pre>{escape(chr(10).join(lines[1:-1]), quote=False)}</pre>")
+        elif pictures and (found := re.findall(r"!\[(.*?)\]\((.*?)\)", text)):
+            shown = "\n".join(image(pictures / Path(path).name, title) for title, path in found)
+            parts.append(f'<div class="figures">{shown}</div>')
         elif text:
             parts.append(f"<p>{inline(text)}</p>")
         if table:
@@ -87,12 +102,13 @@ def html_of(markdown: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Inline marks; a link within the repository keeps its text alone, because the page stands alone."""
+    """Inline marks; a link to another file of the repository keeps its text alone, because the page stands alone."""
     text = escape(text, quote=False).replace("&lt;br&gt;", "<br>")
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])", r"<em>\1</em>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"\[([^\]]+)\]\((#[^)]+)\)", r'<a href="\2">\1</a>', text)
     return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)
 
 
@@ -103,7 +119,9 @@ def table_html(lines: list[str]) -> str:
 
     def cells(row: list[str], tag: str) -> str:
         wide = [' class="text"' if len(cell) > 28 and not re.search(r"\d \[", cell) else "" for cell in row]
-        return "".join(f"<{tag}{w}>{inline(cell)}</{tag}>" for cell, w in zip(row, wide, strict=True))
+        text = [inline(cell) for cell in row]
+        text[0] = text[0].replace("_", "_<wbr>")  # an arm's name may break there on a phone
+        return "".join(f"<{tag}{w}>{cell}</{tag}>" for cell, w in zip(text, wide, strict=True))
 
     head = f"<thead><tr>{cells(rows[0], 'th')}</tr></thead>"
     lines = [f"<tr>{cells(row, 'td')}</tr>" for row in body]
@@ -114,8 +132,9 @@ def image(path: Path, title: str) -> str:
     """A figure with the SVG in it. Raises BadInput where it was not drawn."""
     if not path.exists():
         raise BadInput(f"{path} is not there: python -m analysis.plots")
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    # Not base64, of which git and gzip make nothing.
+    data = quote(path.read_text(), safe=" \n!$'()*+,-./:;<=>?@[]^_`{|}~")
+    return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml,{data}"></figure>'
 
 
 def section(folder: Path, experiment: "Experiment", pictures: Path) -> tuple[str, list[str], set[Path]]:
@@ -156,14 +175,17 @@ def page(root: Path) -> str:
         sections[experiment.name], row, mine = section(root / experiment.name, experiment, pictures)
         summary.append(row)
         used |= mine
+    for name, title in (("cost", "The cost: speed and memory"), ("claims", "Claims of the text under test")):
+        path = root / name / "README.md"
+        if path.exists() and (name != "cost" or (root / "cost/results.csv").exists()):
+            text = "\n".join(path.read_text().splitlines()[1:])
+            used |= {pictures / Path(found).name for found in re.findall(r"!\[.*?\]\((.*?)\)", text)}
+            body = f'<div class="{name}">\n{html_of(text, pictures)}\n</div>'
+            sections[name] = f'<h2 id="{name}">{title}</h2>\n{body}'
     others = sorted(path for path in pictures.glob("*.svg") if path not in used)
     if others:
         shown = "\n".join(image(path, path.stem.replace("_", " ").replace("-", " ")) for path in others)
         sections["other-figures"] = f'<h2 id="other-figures">Other figures</h2>\n<div class="figures">{shown}</div>'
-    claims = root / "claims/README.md"
-    if claims.exists():
-        body = html_of("\n".join(claims.read_text().splitlines()[1:]))
-        sections["claims"] = f'<h2 id="claims">Claims of the text under test</h2>\n{body}'
     links = " ".join(f'<a href="#{name}">{name.replace("-", " ")}</a>' for name in sections)
     glance = table_html([f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in summary])
     rest = f"<p>No results yet: {', '.join(waiting)}.</p>" if waiting else ""

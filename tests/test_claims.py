@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from analysis import claim_rules, claims, cli
+from analysis import claim_networks, claim_rules, claims, cli
 from analysis.claim_rules import RULES
 from analysis.dynamics import COLUMNS
 from analysis.evidence import FAILS, HOLDS, UNDECIDED, Evidence, Missing, all_worse, combine, none_better
@@ -167,7 +168,7 @@ def test_ten_times_faster(tmp_path):
         return [same | {"network": k, "sampling_images_per_second": rate} for k, rate in rates.items()]
 
     rule = RULES["ten_times_faster"]
-    assert rule(cost(tmp_path, "results", rows(10.5, 30))).word == HOLDS
+    assert rule(cost(tmp_path, "results", rows(5.1, 30))).word == HOLDS
     assert rule(cost(tmp_path, "results", rows(2, 30))).word == FAILS
     assert rule(cost(tmp_path, "results", rows(2, 30) + rows(11, 30, "gpu"))).word == UNDECIDED
     with pytest.raises(Missing, match="ode"):
@@ -197,16 +198,28 @@ def test_counts_and_traces(monkeypatch):
     evidence = Evidence(cli.ROOMS)
     assert RULES["parameters"](evidence).word == RULES["no_attention"](evidence).word == HOLDS
     assert RULES["parallel"](evidence).word == HOLDS
+    assert RULES["spatial_mixing"](evidence).word == HOLDS
+    evidence.networks["tiny"].encoder[0][0].mixer.context = torch.nn.Conv2d(64, 64, 7, device="meta")
     assert RULES["spatial_mixing"](evidence).word == FAILS
-    monkeypatch.setitem(claim_rules.PARAMETERS, "base", 40e6)
+    monkeypatch.setitem(claim_networks.PARAMETERS, "base", 40e6)
     assert RULES["parameters"](evidence).word == FAILS
-    monkeypatch.setattr(claim_rules, "operators", lambda mixer, side=16: ["aten.bmm"] * side)
+    monkeypatch.setattr(claim_networks, "operators", lambda mixer, side=16: ["aten.bmm"] * side)
     assert RULES["no_attention"](evidence).word == RULES["parallel"](evidence).word == FAILS
 
 
 def test_the_closed_form_is_no_solution_but_an_exponential_is():
     assert RULES["closed_form"](Evidence(cli.ROOMS)).word == FAILS
-    assert claim_rules.closed_form(Evidence(cli.ROOMS), lambda a: np.exp(-a)).word == HOLDS
+    assert claim_networks.closed_form(Evidence(cli.ROOMS), lambda a: np.exp(-a)).word == HOLDS
+
+
+def test_the_time_constant_is_the_odes(monkeypatch):
+    from scipy import integrate
+
+    verdict = RULES["time_constant"](Evidence(cli.ROOMS))
+    assert verdict.word == HOLDS and "0.17 at f = 5" in verdict.numbers
+    real = integrate.solve_ivp
+    monkeypatch.setattr(integrate, "solve_ivp", lambda f, span, x, **k: real(f, (0, 1.1 * span[1]), x, **k))
+    assert RULES["time_constant"](Evidence(cli.ROOMS)).word == FAILS
 
 
 def test_novelty_is_not_for_experiments():

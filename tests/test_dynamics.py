@@ -125,15 +125,21 @@ def test_a_run_is_measured_once_and_drawn_the_same_twice(small, tmp_path, monkey
     assert frame["signature"].eq(run.signature()).all()
     assert frame["gate_mean"].dropna().between(0.2, 0.8).all()
     assert frame["straightness"].notna().sum() == 1
-    assert "encoder.0.0" in dynamics.table(frame)
-    few = frame[frame["layer"] == "middle.0"]
-    drawn = [
-        path.with_suffix(suffix) for path in dynamics_plots.draw(few, tmp_path, "x") for suffix in (".svg", ".png")
-    ]
-    assert [path.name for path in drawn[::2]] == ["x-gate.svg", "x-alpha.svg", "x-gradient.svg"]
-    images = [path.read_bytes() for path in drawn]
-    dynamics_plots.draw(few, tmp_path, "x")
-    assert [path.read_bytes() for path in drawn] == images
+    for text in (dynamics_plots.table(frame), dynamics_plots.markdown(frame)):
+        assert "encoder, level 0, block 0" in text and f"straightness {frame['straightness'].max():.1f}"[:15] in text
+    folder = tmp_path / "figures"
+    assert len(dynamics_plots.stale(path, folder, "x")) == 4
+    drawn = [svg.with_suffix(suffix) for svg in dynamics_plots.draw(path, folder, "x") for suffix in (".svg", ".png")]
+    assert [svg.name for svg in drawn[::2]] == ["x-gate.svg", "x-alpha.svg", "x-gradient.svg", "x-straightness.svg"]
+    images = [picture.read_bytes() for picture in drawn]
+    dynamics_plots.draw(path, folder, "x")
+    assert [picture.read_bytes() for picture in drawn] == images
+    assert dynamics_plots.stale(path, folder, "x") == []
+    frame.assign(images=1).to_csv(path, index=False)  # as if measured at another budget
+    assert len(dynamics_plots.stale(path, folder, "x")) == 4
+    frame.assign(images=1, seed=5).to_csv(path, index=False)
+    dynamics.bring_up_to_date(path, found, tmp_path / "runs")
+    assert set(dynamics.read(path)["seed"]) == {0}
 
 
 def test_a_folder_that_cannot_be_measured_is_one_line(tmp_path):

@@ -3,15 +3,18 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
+import pandas as pd
 import pytest
 from test_tables import fill, make_room, results
 
-from analysis import report
+from analysis import claims, paper, report
+from analysis.dynamics import COLUMNS
 from liquiddiff.config import BadInput
 
 PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>'
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -49,7 +52,10 @@ def root(tmp_path):
         (pictures / f"room-{kind}.svg").write_text(PICTURE)
     (pictures / "gate_statistics.svg").write_text(PICTURE)
     (root / "claims").mkdir()
-    (root / "claims/README.md").write_text("# Claims\n\n## fast: holds\n\n**Claim.** It is <fast>, see [x](../y.md).\n")
+    (root / "claims/README.md").write_text(
+        "# Claims\n\n## fast: holds\n\n**Claim.** It is <fast>, see [x](../y.md).\n\n"
+        "[fast](#fast-holds)\n\n![gate statistics](../../paper/figures/gate_statistics.svg)\n"
+    )
     return root
 
 
@@ -60,10 +66,11 @@ def test_the_page_holds_verdicts_tables_figures_and_claims(root):
     assert glance == ["room", "good", "bad", "alike", "—", "absent"]
     assert "A reason for good | with a bar?" in page.cells and any("better" == cell for cell in page.cells)
     pictures = [value for tag, key, value in page.attributes if (tag, key) == ("img", "src")]
-    assert len(pictures) == 3 and all(value.startswith("data:image/svg+xml;base64,") for value in pictures)
+    assert len(pictures) == 3 and {unquote(value) for value in pictures} == {f"data:image/svg+xml,{PICTURE}"}
     titles = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
     assert titles[0] == "Paired differences: room, laptop tier, digits" and titles[-1] == "gate statistics"
-    assert "<strong>Claim.</strong> It is &lt;fast&gt;, see x." in text and "fast: holds</h3>" in text
+    assert "<strong>Claim.</strong> It is &lt;fast&gt;, see x." in text
+    assert 'id="fast-holds">fast: holds</h3>' in text and '<a href="#fast-holds">fast</a>' in text
 
 
 def test_the_page_stands_alone(root):
@@ -95,8 +102,29 @@ def test_a_missing_figure_is_one_clear_line(root):
         report.page(root)
 
 
-def test_make_paper_runs_every_step():
-    text = (Path(__file__).parents[1] / "Makefile").read_text()
-    recipe = text.split("\npaper:")[1].split("\n\n")[0]
-    steps = re.findall(r"-m analysis\.(\w+)", recipe)
-    assert steps[:2] == ["tables", "plots"] and steps[-1] == "report"
+def test_make_paper_makes_everything_and_the_second_time_the_same(root, capsys, monkeypatch):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert "-m analysis.paper" in makefile.split("\npaper:")[1].split("\n\n")[0]
+    monkeypatch.setattr(claims, "judge", lambda root: [])  # tests/test_claims.py
+    readme = root / "room/README.md"
+    readme.write_text(readme.read_text() + "<!-- figures:begin -->\n<!-- figures:end -->\n")
+    pictures = root.parent / "paper/figures"
+    for picture in pictures.glob("*.svg"):
+        picture.unlink()
+    frame = pd.DataFrame([dict.fromkeys(COLUMNS)] * 3)
+    frame = frame.assign(tier="laptop", data="digits", arm="baseline", seed=0, layer="middle.0", t=[0.0, 0.05, 1.0])
+    frame.assign(alpha_mean=0.5, alpha_min=0.4, alpha_max=0.6).to_csv(root / "claims/dynamics.csv", index=False)
+    assert paper.main(["--check"], root) == 1
+    assert not list(pictures.iterdir())
+    assert paper.main([], root) == 0
+    made = {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
+    names = {path.name for path in made}
+    assert {"room.tex", "room-forest.png", "room-nfe.svg", "claims-alpha.svg", "report.html"} <= names
+    assert b"claims-alpha.svg" in made[root / "claims/README.md"]
+    assert paper.main([], root) == 0
+    assert {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()} == made
+    assert paper.main(["--check"], root) == 0
+
+
+def test_the_committed_page_is_of_the_committed_results():
+    assert paper.main(["--check"]) == 0
