@@ -25,7 +25,7 @@ THEME = {
     "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.fontsize": 9.5,
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.edgecolor": "0.6",
     "grid.color": "0.9", "lines.linewidth": 1.6, "lines.markersize": 4, "text.color": "0.1", "axes.labelcolor": "0.1",
-    "svg.hashsalt": "liquiddiff", "svg.fonttype": "path", "text.hinting": "none", "figure.dpi": 180,
+    "svg.hashsalt": "liquiddiff", "svg.fonttype": "path", "text.hinting": "none",
 }  # fmt: skip
 sns.set_theme(context="paper", style="whitegrid", palette=PALETTE, rc=THEME)
 

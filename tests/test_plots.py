@@ -10,7 +10,7 @@ from PIL import Image
 from test_collect import ROOM, make, today
 from test_tables import fill, make_room, results
 
-from analysis import collect, curves, figures, plots, runs, style, views
+from analysis import cli, collect, curves, figures, plots, runs, style, views
 from experiments.room import load_experiment
 from liquiddiff.config import BadInput, Run
 
@@ -44,6 +44,12 @@ def root(tmp_path):
     return root
 
 
+def uncut(path: Path) -> bool:
+    """Whether a white frame of two pixels or more is left around a figure."""
+    ink = np.asarray(Image.open(path).convert("L")) < 250
+    return not (ink[:2].any() or ink[-2:].any() or ink[:, :2].any() or ink[:, -2:].any())
+
+
 def view_of(root: Path) -> views.View:
     (view,) = views.views_of(root / "room", load_experiment(root / "room"))
     return view
@@ -73,6 +79,7 @@ def test_every_figure_is_written_shown_and_the_same_bytes_again(root, capsys):
     assert plots.main(["--check"], root) == 0
     assert not any(word in first["room-nfe.svg"] for word in (b"dc:date", b"Matplotlib v"))
     assert max(map(len, first.values())) < 200_000
+    assert all(uncut(path) for path in out.glob("*.png"))
 
     table = root / "room/results.csv"  # other results: every figure is out of date
     table.write_text(table.read_text().replace(",0.7,", ",0.71,"))
@@ -210,3 +217,7 @@ def test_a_curve_is_thinned_and_keeps_its_last_held_out_loss(tmp_path):
 
 def test_the_committed_figures_are_of_the_committed_results():
     assert plots.main(["experiment=all", "--check"]) == 0
+
+
+def test_no_committed_figure_is_cut():
+    assert all(uncut(path) for path in (cli.ROOMS.parent / "paper/figures").glob("*.png"))
