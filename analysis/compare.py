@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import cli
+from analysis import cli, render
 from analysis.runs import SCORES
 from liquiddiff.config import BadInput, Run, flatten
 
@@ -72,7 +72,8 @@ def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
         add(key, [curve[-1] if curve else None for curve in curves])
     for nfe in sorted(set(evaluations[0]) | set(evaluations[1])):
         for key in SCORES:
-            add(f"{key} at {nfe:g} NFE", [each.get(nfe, {}).get(key) for each in evaluations], not why)
+            name = render.label(key, protocols[0]["extractor"]) if not why and all(protocols) else key
+            add(f"{name} at {nfe:g} NFE", [each.get(nfe, {}).get(key) for each in evaluations], not why)
     for key in ("params", "macs", "images_per_second", "seconds", "peak_mib"):
         add(key, [side.facts.get(key) for side in (a, b)])
     return lines, why

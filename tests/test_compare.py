@@ -27,7 +27,7 @@ def test_configuration_metrics_and_samples_are_set_side_by_side(pair, tmp_path, 
         ["model.relaxation", "liquid", "none"],
     ]
     assert lines[3].endswith("other keys agree")
-    (row,) = [line.split() for line in lines if line.startswith("fd at 32 NFE")]
+    (row,) = [line.split() for line in lines if line.startswith("fd_digits at 32 NFE")]
     assert row[4:] == ["0.33125", "0.13125", "-0.2"]
     assert any(line.split() == ["val_loss", "0.123457", "0.123457", "+0"] for line in lines)
     assert "a column is one noise" in lines[-1]
