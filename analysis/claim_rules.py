@@ -52,7 +52,7 @@ def colab(evidence: Evidence) -> Verdict:
 
 
 def training_gb(evidence: Evidence, size: str) -> tuple[float, float]:
-    """GB of a training step in fp16 at the claimed resolution, nothing recomputed: at any batch, and for each image.
+    """GB of a training step in fp16 at the claimed resolution, without checkpointing: at any batch, and for each image.
 
     At any batch: the state (weights, Adam's moments and EMA, 16 bytes a parameter), gradients and a copy in fp16.
     """
