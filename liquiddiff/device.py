@@ -76,7 +76,8 @@ def cores() -> int:
 def deferred_interrupt() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGUSR2 only add to the list that this yields, so that a step is never torn in two.
 
-    Off the main thread, and for a signal that is ignored, nothing changes.
+    Off the main thread, and for a signal that is ignored, nothing changes. An error after a signal is an interruption
+    too: another process of the run may have left already, and if it was an error of its own, the resumed run meets it.
     """
     seen: list[int] = []
     before = {}
@@ -86,6 +87,10 @@ def deferred_interrupt() -> Iterator[list[int]]:
                 before[number] = signal.signal(number, lambda received, frame: seen.append(received))
     try:
         yield seen
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt(*seen) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,6 +5,7 @@ have computed. Process 0 alone writes. Without such an environment every functio
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -114,4 +115,6 @@ def wrap(net: nn.Module) -> nn.Module:
     """The network, whose gradients are then the mean over all processes."""
     if size() == 1:
         return net
-    return DistributedDataParallel(net, broadcast_buffers=False)  # the buffers are constants
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is newer than torch 2.11
+        return DistributedDataParallel(net, broadcast_buffers=False)  # the buffers are constants

@@ -23,6 +23,7 @@ import yaml
 
 from liquiddiff.config import BadInput, Run, from_dict
 
+CODE = ("liquiddiff", "experiments", "analysis", "slurm")  # the folders that a run's code comes from
 PACKAGES = "torch torchvision torch-fidelity numpy datasets mlflow hydra-core liquiddiff".split()
 FACTS = "commit dirty device precision data_fingerprint started params macs seconds peak_mib".split()
 
@@ -91,6 +92,8 @@ class Record:
         commit, diff = code_version(Path(__file__).resolve().parents[1])
         if diff:
             write_atomic(self.folder / "dirty.diff", diff + "\n")
+        else:
+            (self.folder / "dirty.diff").unlink(missing_ok=True)  # of the code before it was resumed
         versions = {}
         for package in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -208,7 +211,7 @@ class Follower(Record):
 
 
 def code_version(root: Path) -> tuple[str, str]:
-    """(commit, difference from it) of the code at `root`; both empty where nothing is known.
+    """(commit, difference from it, new files included) of the code at `root`; both empty where nothing is known.
 
     A snapshot, which may lie in a working tree that has moved on, carries its own (slurm/ledger.py).
     """
@@ -218,11 +221,15 @@ def code_version(root: Path) -> tuple[str, str]:
 
     def git(*command: str) -> str:
         with contextlib.suppress(FileNotFoundError):  # no git on the machine
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
-            return done.stdout.strip() if done.returncode == 0 else ""
+            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, errors="replace")
+            return done.stdout.strip("\n") if done.returncode < 2 else ""  # 1: `diff --no-index` found a difference
         return ""
 
-    return git("rev-parse", "HEAD"), git("diff", "HEAD")
+    new = git("ls-files", "--others", "--exclude-standard", "--", *CODE).splitlines()
+    new = [name for name in new if name.endswith((".py", ".yaml"))]
+    diff = ("diff", "--no-ext-diff", "--no-color")
+    parts = [git(*diff, "HEAD"), *(git(*diff, "--no-index", "--", "/dev/null", name) for name in new)]
+    return git("rev-parse", "HEAD"), "\n".join(filter(None, parts))
 
 
 def set_aside(record: Record) -> None:

@@ -1,10 +1,12 @@
 """How jobs are started, by submitit: as arrays of Slurm's, or as background processes of this machine."""
 
 import os
+import shlex
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import submitit
@@ -12,16 +14,14 @@ import submitit
 from liquiddiff.config import BadInput, Run
 from slurm.job import Job, compute_run
 from slurm.ledger import Ledger, Submission, ask
-
-if TYPE_CHECKING:
-    from slurm.launch import Profile
+from slurm.profile import Profile
 
 TIMEOUTS = 100  # how often a job may meet its time limit; submitit's 3 would end a long run
 FOREVER = 60 * 24 * 365  # minutes of a local job, which has no limit
 
 
 def submit(
-    ledger: Ledger, cluster: str, profile: "Profile", packs: list[list[Run]], gpus: int, experiment: str | None
+    ledger: Ledger, cluster: str, profile: Profile, packs: list[list[Run]], gpus: int, experiment: str | None
 ) -> list[Submission]:
     """Start a job for each pack of runs, and note it. Raises BadInput where that cannot be."""
     code, commit, dirty = ledger.snapshot()
@@ -35,16 +35,30 @@ def submit(
         part = packs[k : k + size]
         folder = ledger.home / f"{name}-{k // size}"
         threads = profile.cpus_per_task if cluster == "slurm" else max(1, cpus() // (len(part) * gpus))
-        jobs = start(folder, env, profile, [Job(runs, threads, experiment) for runs in part], gpus)
-        submission = Submission(folder.name, cluster, profile.name, str(code), commit, dirty, str(folder))
-        submission.jobs = {job: [run.name for run in runs] for job, runs in zip(jobs, part, strict=True)}
-        submission.totals = {run.name: run.optim.images for runs in part for run in runs}
-        ledger.add(submission)
+        submission = Submission(folder.name, cluster, profile.name, str(code), commit, dirty, str(folder), gpus)
+        with undisturbed():
+            try:
+                jobs = start(folder, env, profile, [Job(runs, threads, experiment) for runs in part], gpus)
+            except BadInput as error:
+                raise BadInput(f"{k} of {len(packs)} jobs were submitted; {error}" if k else str(error)) from error
+            submission.jobs = {job: [run.name for run in runs] for job, runs in zip(jobs, part, strict=True)}
+            submission.totals = {run.name: run.optim.images for runs in part for run in runs}
+            ledger.add(submission)
         made.append(submission)
     return made
 
 
-def on_slurm(folder: Path, env: dict[str, str], profile: "Profile", jobs: list[Job], gpus: int) -> list[str]:
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C waits: a job that is queued but not noted would be queued again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def on_slurm(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], gpus: int) -> list[str]:
     """One array. Returns the jobs' numbers."""
     a_node = min(gpus, profile.gpus_per_node or gpus)
     if gpus % a_node:
@@ -59,7 +73,7 @@ def on_slurm(folder: Path, env: dict[str, str], profile: "Profile", jobs: list[J
         mem_gb=profile.mem_gb * a_node,
         slurm_array_parallelism=profile.array_parallelism,
         slurm_signal_delay_s=profile.signal_s,
-        slurm_setup=[*profile.setup, *(f"export {key}='{value}'" for key, value in env.items())],
+        slurm_setup=[*profile.setup, *(f"export {key}={shlex.quote(value)}" for key, value in env.items())],
         # One process of a run lost: the others would wait for it.
         slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}"],
         slurm_additional_parameters={"requeue": True, **profile.sbatch},
@@ -74,7 +88,7 @@ def on_slurm(folder: Path, env: dict[str, str], profile: "Profile", jobs: list[J
     return [job.job_id for job in submitted]
 
 
-def here(folder: Path, env: dict[str, str], profile: "Profile", jobs: list[Job], gpus: int) -> list[str]:
+def here(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], gpus: int) -> list[str]:
     """Background processes, each with GPUs of its own. Returns their numbers."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited: the jobs outlive the terminal
     os.environ.update(env)

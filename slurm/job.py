@@ -22,10 +22,19 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from liquiddiff.config import Run
 from liquiddiff.record import Record, write_atomic
 
+GRACE = 5  # seconds between the end of the first process, which requeues the job, and of the others
+
 
 def state_path(folder: Path, job: str) -> Path:
     """Where a job notes the run that it is at, and those that failed: {"run": name, "failed": {name: reason}}."""
     return folder / f"{job}_state.json"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a job noted there; of nothing, where it did not begin."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {"run": None, "failed": {}}
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -63,15 +72,12 @@ class Job:
     def work(self, environment: Any) -> dict[str, str]:
         """Every run that is not done and did not fail before this job was requeued. Returns the failed ones and why."""
         path = state_path(Path(os.environ["SUBMITIT_FOLDER"]), environment.job_id)
-        failed: dict[str, str] = {}
-        with suppress(OSError, ValueError):
-            failed = json.loads(path.read_text())["failed"]
-        main = environment.global_rank == 0
+        failed, main = read_state(path)["failed"], environment.global_rank == 0
         for run in [run for run in self.runs if run.name not in failed]:
             if main:
                 write_atomic(path, json.dumps({"run": run.name, "failed": failed}))
             if reason := self.attempt(run, main):
-                failed[run.name] = reason
+                failed = {run.name: reason} | read_state(path)["failed"]  # of several processes the first tells why
                 write_atomic(path, json.dumps({"run": None, "failed": failed}))
                 if environment.num_tasks > 1:
                     sys.exit(reason)  # the other processes wait for this one: all of them must end
@@ -81,7 +87,8 @@ class Job:
         """One run; its output goes to its log.txt. Returns why it failed, or nothing."""
         run = replace(run, threads=run.threads or self.threads)
         try:
-            Record(run).create()
+            if main:
+                Record(run).create()
             with to_log(Record(run).folder if main else None):
                 return "see its log" if compute_run(run, self.experiment) else ""
         except Exception as error:  # a run's failure must not cost the others of its job
@@ -106,7 +113,11 @@ def compute_run(run: Run, experiment: str | None) -> int:
 def to_log(folder: Path | None) -> Iterator[None]:
     """Everything that is printed, by C as well, and an error's trace go to log.txt in `folder`, if there is one."""
     if folder is None:
-        yield
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            raise
         return
     kept = os.dup(1), os.dup(2)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -129,12 +140,17 @@ def leave(environment: Any, requeue: Any, signals: tuple[int, ...]) -> NoReturn:
     """After a signal, with everything saved.
 
     USR2 is a preemption or the time limit: requeue. TERM may be either or a cancellation, and the scheduler alone knows
-    which, so this waits to be killed. A requeue kills every process of the job, so all but the first wait for it.
+    which, so this waits to be killed. A requeue kills every process of the job, so all others wait for it, though
+    not for long: the first may be waiting for them in a collective, and there it is deaf to its own signal.
     """
     signal.signal(signal.SIGUSR2, requeue)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if environment.global_rank == 0 and signal.SIGUSR2 in signals:
         requeue(signal.SIGUSR2, None)
+    if environment.global_rank:
+        time.sleep(GRACE)
+        sys.stdout.flush()
+        os._exit(0)  # another status would make srun kill the first
     if environment.cluster == "slurm":
         time.sleep(3600)
     sys.exit(128 + signal.SIGTERM)

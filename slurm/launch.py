@@ -18,62 +18,27 @@ Nothing is submitted twice: runs that are done, queued or running are left alone
 Exit status: 0 done, 1 a run failed, 2 bad input.
 """
 
+import math
 import os
 import shlex
 import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from experiments import compose
 from liquiddiff.config import BadInput, Run, choose
 from slurm.ledger import Ledger, State, ask
+from slurm.profile import load_profile, profiles
 
-PROFILES = Path(__file__).resolve().parent / "profiles"
 VERBS = ("status", "logs", "retry", "cancel", "wait")
 KINDS = ("done", "running", "queued", "failed", "stale", "new")
 LIVE = ("queued", "running")
+PATIENCE = 1800  # seconds that `wait` asks in vain
 ROWS = 60  # more than this and the table leaves out what is done, queued or new
-
-
-@dataclass
-class Profile:
-    """A kind of node, as Slurm knows it. A site's own is a YAML file with these keys."""
-
-    name: str
-    minutes: int  # time limit; a run over it is saved and requeued
-    partition: str | None = None
-    gpus_per_node: int = 0  # of a node; 0: none, and gpus= counts processes
-    cpus_per_task: int = 1
-    mem_gb: float = 4  # a process
-    array_parallelism: int = 64  # jobs at once
-    signal_s: int = 120  # seconds before the limit that are left for saving
-    setup: list[str] = field(default_factory=list)  # shell lines before Python: modules, environment
-    sbatch: dict[str, Any] = field(default_factory=dict)  # any other option of sbatch, e.g. {account: abc}
-
-
-def profiles() -> dict[str, Path]:
-    """Every profile's file, by name."""
-    return {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
-
-
-def load_profile(name: str) -> Profile:
-    """slurm/profiles/NAME.yaml, or the file `name`. Raises BadInput."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else profiles()[choose("profile", name, profiles())]
-    try:
-        values = yaml.safe_load(path.expanduser().read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"profile={name} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or "minutes" not in values:
-        raise BadInput(f"{path} must be lines of key: value, with minutes: among them")
-    for key in values:
-        choose(f"key in {path}", key, {f.name for f in fields(Profile)} - {"name"})
-    return Profile(name=name, **values)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         return command(arguments)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, above all
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}: mend it and give the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; submitted jobs go on", file=sys.stderr)
@@ -118,11 +87,25 @@ def command(arguments: list[str]) -> int:
         return submit(ledger, launch, runs, options, overrides, again=verb == "retry")
     if verb == "cancel":
         return cancel(ledger, totals)
-    while verb == "wait" and any(state.kind in LIVE for state in ledger.states(totals)):
-        time.sleep(5)
-    states = ledger.states(totals)
+    states = settled(ledger, totals) if verb == "wait" else ledger.states(totals)
     show(states)
     return int(verb == "wait" and any(state.kind != "done" for state in states))
+
+
+def settled(ledger: Ledger, totals: dict[str, int]) -> list[State]:
+    """The states once nothing is queued or running. A scheduler that answered once may fail for PATIENCE seconds."""
+    answered = -math.inf
+    while True:
+        begin = time.monotonic()
+        try:
+            states = ledger.states(totals)
+            answered = time.monotonic()
+            if not any(state.kind in LIVE for state in states):
+                return states
+        except BadInput:
+            if time.monotonic() - answered > PATIENCE:
+                raise
+        time.sleep(max(5, 20 * (time.monotonic() - begin)))  # of a large grid less often
 
 
 def submit(
@@ -201,7 +184,9 @@ def logs(ledger: Ledger, wanted: str) -> int:
         raise BadInput(f"logs {wanted or 'RUN'}: {found}; `status` lists the names")
     (run,) = matches
     submission, job = last[run]
-    paths = [ledger.out / run / "log.txt", *(Path(submission.folder) / f"{job}_0_log.{end}" for end in ("err", "out"))]
+    paths = [ledger.out / run / "log.txt"]
+    for process in range(submission.processes):
+        paths += [Path(submission.folder) / f"{job}_{process}_log.{end}" for end in ("err", "out")]
     for path in paths:
         if path.exists() and (text := path.read_text(errors="replace").strip()):
             print(f"==> {path} <==\n{text}")
@@ -216,7 +201,8 @@ def cancel(ledger: Ledger, totals: dict[str, int]) -> int:
         for k in range(0, len(slurm), 500):
             ask("scancel", *slurm[k : k + 500])
         for job in jobs - set(slurm):
-            os.kill(int(job), signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended a moment ago
+                os.kill(int(job), signal.SIGTERM)
     print(f"cancelled {len(jobs)} jobs; what they trained is kept, and submitting again resumes it")
     return 0
 

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from liquiddiff.config import BadInput
-from liquiddiff.record import code_version, write_atomic
-from slurm.job import state_path
+from liquiddiff.record import CODE, code_version, write_atomic
+from slurm.job import read_state, state_path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("liquiddiff", "experiments", "analysis", "slurm")
 TAIL = 4096  # bytes at the end of metrics.jsonl that hold its last training line
 
 
@@ -38,6 +37,7 @@ class Submission:
     commit: str
     dirty: bool
     folder: str  # of submitit's files
+    processes: int = 1  # of a run
     jobs: dict[str, list[str]] = field(default_factory=dict)  # job: its runs
     totals: dict[str, int] = field(default_factory=dict)  # run: its budget in images
 
@@ -119,9 +119,7 @@ class Ledger:
             return State(run, "new", total=total)
         note = state_path(Path(last[0].folder), last[1])
         if note not in notes:
-            notes[note] = {"run": None, "failed": {}}
-            with suppress(OSError, ValueError):
-                notes[note] = json.loads(note.read_text())
+            notes[note] = read_state(note)
         images, speed = progress(self.out / run)
         state = State(run, "stale", images, total, speed, last[1])
         if run in notes[note]["failed"]:
@@ -132,7 +130,7 @@ class Ledger:
 
     def snapshot(self) -> tuple[Path, str, bool]:
         """A copy of the code as it is now, its commit, and whether it differs from it. Made once for each content."""
-        files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*"))]
+        files = [path for package in CODE for path in sorted((ROOT / package).rglob("*"))]
         files = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
         digest = hashlib.sha256()
         for path in files:

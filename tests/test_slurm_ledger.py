@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import pytest
 import yaml
 
 from experiments import compose
+from liquiddiff.config import BadInput
 from liquiddiff.record import Record, code_version
 from slurm import launch
 from slurm.job import state_path
-from slurm.ledger import Ledger, Submission, progress
+from slurm.ledger import Ledger, State, Submission, progress
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,25 @@ def test_profiles_hold_known_keys_alone(tmp_path, capsys):
     path.write_text("minutes: 5\npartitoin: gpu\n")
     assert launch.main([f"profile={path}", "cluster=local"]) == 2
     assert "Did you mean partition?" in capsys.readouterr().err
+    path.write_text("minutes: soon\n")
+    assert launch.main([f"profile={path}", "cluster=local"]) == 2
+    assert "'soon' of type 'str' could not be converted to Integer" in capsys.readouterr().err
+
+
+def test_waiting_survives_a_scheduler_that_does_not_answer(tmp_path, monkeypatch):
+    ledger, answers = Ledger(tmp_path), iter(["queued", None, None, "done"])
+
+    def states(totals):
+        if (kind := next(answers)) is None:
+            raise BadInput("squeue failed")
+        return [State("a", kind)]
+
+    monkeypatch.setattr(ledger, "states", states)
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    assert [state.kind for state in launch.settled(ledger, {})] == ["done"]
+    answers = iter([None])
+    with pytest.raises(BadInput):  # one that never answered is not there
+        launch.settled(ledger, {})
 
 
 def test_without_slurm_the_way_out_is_said(small, capsys, monkeypatch, tmp_path):
@@ -56,7 +77,7 @@ def test_without_slurm_the_way_out_is_said(small, capsys, monkeypatch, tmp_path)
     assert "cluster=local needs no Slurm" in capsys.readouterr().err
 
 
-def test_states_of_ten_thousand_runs(tmp_path, monkeypatch):
+def test_states_of_ten_thousand_runs(tmp_path, monkeypatch, capsys):
     begin = time.process_time()
     seeds = ",".join(map(str, range(170)))
     runs = compose.plan(["experiment=all", f"seed={seeds}"])[1]
@@ -72,21 +93,24 @@ def test_states_of_ten_thousand_runs(tmp_path, monkeypatch):
             json.dumps({"images": 100, "loss": 1.0, "images_per_second": 50.0}) + "\n"
         )
     jobs = {str(10_000_000 + k): [name] for k, name in enumerate(names[:9000])}
-    ledger.add(Submission("one", "local", "cpu", "", "", False, str(folder), jobs, totals))
+    ledger.add(Submission("one", "local", "cpu", "", "", False, str(folder), jobs=jobs, totals=totals))
     failed = next(job for job, (name,) in jobs.items() if not (tmp_path / name / "done").exists())
     state_path(folder, failed).write_text(json.dumps({"run": None, "failed": {jobs[failed][0]: "too bad"}}))
 
-    def listed(*arguments):
-        raise AssertionError(f"a folder was listed: {arguments}")
-
-    for name in ("listdir", "scandir"):
-        monkeypatch.setattr(os, name, listed)
     begin = time.process_time()
     states = {state.run: state for state in ledger.states(totals)}
     asking = time.process_time() - begin
-    monkeypatch.undo()
-    assert composing + asking < 10, f"{composing:.1f} s + {asking:.1f} s"
     print(f"{len(totals)} runs: composing {composing:.1f} s, states {asking:.1f} s")
+    assert composing + asking < 10
+
+    opened = []
+    for name in ("listdir", "scandir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path=".", real=real: opened.append(path) or real(path))
+    assert launch.main(["status", "experiment=all", f"seed={seeds}", f"out={tmp_path}"]) == 0
+    monkeypatch.undo()
+    assert all(len(os.listdir(path)) <= 1000 for path in opened)
+    assert f"{len(totals)} runs: " in capsys.readouterr().out
     kinds = [state.kind for state in states.values()]
     assert kinds.count("new") == len(totals) - 9000
     assert kinds.count("done") == sum((tmp_path / name / "done").exists() for name in names[:6000])
@@ -116,6 +140,78 @@ def test_a_snapshot_knows_its_commit_wherever_it_lies(tmp_path):
         text=True,
     )
     assert all(path.startswith(str(home)) for path in done.stdout.split()), done
+
+
+def test_new_files_are_part_of_the_difference(tmp_path):
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
+
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "old.py").write_text("a = 1\n\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    assert code_version(tmp_path)[1] == ""
+    (tmp_path / "slurm" / "old.py").write_text("a = 2\n\n")
+    (tmp_path / "slurm" / "new.yaml").write_text("b: 1\n")
+    (tmp_path / "run.yaml").write_text("no code\n")
+    commit, diff = code_version(tmp_path)
+    assert len(commit) == 40 and "+b: 1" in diff and "+a = 2" in diff and "no code" not in diff
+    (tmp_path / "dirty.diff").write_text(diff + "\n")
+    git("apply", "--check", "--reverse", "dirty.diff")  # whole
+
+
+# A run on two processes: the first waits for the other in a collective, where it does not hear its signal.
+LEAVING = """
+import os, signal, sys, time
+from types import SimpleNamespace
+import submitit
+from liquiddiff import distributed
+from liquiddiff.config import Run
+from slurm import job
+rank = int(os.environ["RANK"])
+def wait(run, experiment):
+    print("ready", flush=True)
+    distributed.any_of(False) if rank == 0 else time.sleep(600)
+def requeue(number, frame):
+    print("requeued", flush=True)
+    os._exit(0)
+signal.signal(signal.SIGUSR2, requeue)
+distributed.start()
+job.compute_run = wait
+job.to_log = lambda folder: job.suppress()
+job.GRACE = 1
+job.TorchDistributedEnvironment = lambda: SimpleNamespace(export=lambda **options: None)
+submitit.JobEnvironment = lambda: SimpleNamespace(global_rank=rank, num_tasks=2, job_id="1", cluster="slurm")
+job.Job([Run(out=os.environ["SUBMITIT_FOLDER"])], 1, None)()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm  # with the other tests that are slow
+def test_a_process_that_waits_for_another_is_requeued_too(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVING],
+            env={**env, "RANK": str(rank), "SUBMITIT_FOLDER": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    time.sleep(0.5)  # the first is in the collective
+    for process in processes:
+        process.send_signal(signal.SIGUSR2)
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert said[0][0] == "requeued\n"
 
 
 @pytest.mark.slow
