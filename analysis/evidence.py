@@ -40,7 +40,7 @@ class Evidence:
         self.root = root
 
     def rows(self, room: str) -> "dict[str, tuple[Experiment, pd.DataFrame]]":
-        """{tier and data set: (the experiment as that tier has it, its rows)}. Raises Missing where nothing has run."""
+        """{tier, data set and budget: (the experiment as that tier has it, its rows)}. Raises Missing without any."""
         from analysis import cli
 
         experiment = cli.rooms(room, self.root)[0]
@@ -49,10 +49,13 @@ class Evidence:
         except BadInput as error:
             raise Missing(f"results of the room {room}") from error
         groups = sorted(frame.groupby(["tier", "data"]), key=lambda item: (tables.rank(str(item[0][0])), item[0]))
-        return {f"{tier} tier, {data}": (experiment.at(str(tier)), rows) for (tier, data), rows in groups}
+        return {
+            f"{tier} tier, {data}, {rows['images'].max():,.0f} images": (experiment.at(str(tier)), rows)
+            for (tier, data), rows in groups
+        }
 
     def differences(self, room: str, *arms: str) -> "dict[str, dict[str, tuple[stats.Difference, str]]]":
-        """{tier and data set: {arm: (its difference from the room's first arm, the metric's name)}}, as the tables say.
+        """{tier, data set and budget: {arm: (its difference from the first, the metric's name)}}, as the tables say.
 
         Raises Missing unless some tier has all of `arms` (none: all that the room lists) on a seed of the first arm.
         """
@@ -172,7 +175,9 @@ def of_blocks(evidence: Evidence, arm: str, column: str, t: float | None = None)
 def seeds(evidence: Evidence, arm: str) -> str:
     """How many runs of an arm were looked into."""
     frame = evidence.dynamics[evidence.dynamics["arm"] == arm]
-    return f"{frame['seed'].nunique()} seeds of {arm}, {frame['tier'].iloc[0]} tier, {frame['data'].iloc[0]}"
+    first = frame.iloc[0]
+    place = f"{first['tier']} tier, {first['data']}, {first['images']:,} images"
+    return f"{frame['seed'].nunique()} seeds of {arm}, {place}"
 
 
 def span(values: pd.Series) -> str:
