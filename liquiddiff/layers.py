@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import FlopCounterMode
 
 from liquiddiff.config import BadInput
 from liquiddiff.depthwise import is_literal
@@ -96,7 +95,7 @@ def upsampled(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor) -> Tensor:
     Of the three rows of a kernel two meet the same row of x, which two by whether the output's row is even or odd: so
     do their sum, and four 2x2 kernels on x itself do the same as 3x3 on the doubled, in 4/9 of the products.
     """
-    counted = any(isinstance(mode, FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
+    counted = any(not hasattr(mode, "alive") for mode in _get_current_dispatch_mode_stack())  # memory.Live has it
     if is_literal() or torch.compiler.is_compiling() or counted:  # multiply-adds are told of the literal
         return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight_OC33, bias_O, padding=1)
     kernels = [k for rows in _pairs(weight_OC33, 2) for k in _pairs(rows, 3)]  # (O, C, 2, 2) each

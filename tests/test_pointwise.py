@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from liquiddiff.depthwise import literal
 from liquiddiff.layers import Pointwise, upsampled
@@ -119,6 +120,13 @@ def test_four_kernels_of_2x2_are_one_of_3x3_on_the_doubled_image(shape):
     with literal():
         want = results(upsampled, [t.double() for t in (x, weight, bias)], g.double())
     assert_close(results(upsampled, [x, weight, bias], g), want)
+
+
+def test_multiply_adds_are_told_of_the_literal():
+    x, weight, bias = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.randn(3)
+    with FlopCounterMode(display=False) as counter:
+        upsampled(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 8 * 8 * 3 * 2 * 9
 
 
 def test_the_gradients_of_four_kernels_are_derivatives():
