@@ -14,7 +14,7 @@ import submitit
 from liquiddiff.config import BadInput, Run
 from slurm.job import Job, compute_run
 from slurm.ledger import Ledger, Submission, ask
-from slurm.profile import Profile
+from slurm.nodes import Profile
 
 TIMEOUTS = 100  # how often a job may meet its time limit; submitit's 3 would end a long run
 FOREVER = 60 * 24 * 365  # minutes of a local job, which has no limit

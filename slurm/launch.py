@@ -32,7 +32,7 @@ from pathlib import Path
 from experiments import compose
 from liquiddiff.config import BadInput, Run, choose
 from slurm.ledger import Ledger, State, ask
-from slurm.profile import load_profile, profiles
+from slurm.nodes import load_profile, profiles
 
 VERBS = ("status", "logs", "retry", "cancel", "wait")
 KINDS = ("done", "running", "queued", "failed", "stale", "new")
