@@ -2,7 +2,8 @@
 # A throw-away Slurm on this machine for the tests: munge, a controller and two nodes, each of two processors and one
 # GPU that is none. Needs root and Debian's packages, which it installs; no systemd, no cgroups.
 #
-#   slurm_up.sh up DIR      prints the line that points Slurm's commands at it; everything it writes is in DIR
+#   slurm_up.sh up DIR      prints the line that points Slurm's commands at it; everything it writes is in DIR; exit
+#                           status 3 where Slurm cannot be had
 #   slurm_up.sh node DIR N  starts the daemon of node N again
 #   slurm_up.sh down DIR    cancels the jobs, ends the daemons
 #   slurm_up.sh install DIR PACKAGE...  packages of Debian's, without the daemons that they would start; DIR gets the log
@@ -53,11 +54,16 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+MaxArraySize=8
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SlurmdTimeout=10
 GresTypes=gpu
 NodeName=n0 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(($1 + 1)) CPUs=2 RealMemory=$memory Gres=gpu:1
 NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(($1 + 2)) CPUs=2 RealMemory=$memory Gres=gpu:1
-PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE GraceTime=300 PriorityTier=1
+PartitionName=urgent Nodes=n0,n1 MaxTime=INFINITE PriorityTier=2
 C
   printf 'NodeName=n%d Name=gpu File=%s/gpu0\n' 0 "$D" 1 "$D" >"$D/gres.conf"
   [ -e "$D/gpu0" ] || mknod "$D/gpu0" c 1 3
@@ -68,6 +74,7 @@ install)
   install "${@:3}"
   ;;
 up)
+  [ "$(id -u)" = 0 ] || { echo "only root can start Slurm's daemons" >&2; exit 3; }
   mkdir -p "$D"/state "$D"/spool
   chmod 755 "$D"
   command -v munged slurmctld slurmd sbatch >/dev/null || install slurmctld slurmd slurm-client munge
@@ -78,12 +85,12 @@ up)
     --log-file="$D/munge.log" --seed-file="$D/munge.seed"
   slurmctld -f "$SLURM_CONF"
   for n in 0 1; do slurmd -N n$n -f "$SLURM_CONF"; done
-  for _ in $(seq 200); do
-    [ "$(sinfo -h -N -o %T 2>/dev/null | grep -cx idle)" = 2 ] && { echo "SLURM_CONF=$SLURM_CONF"; exit 0; }
+  for _ in $(seq 600); do
+    [ "$(sinfo -h -N -p main -o %T 2>/dev/null | grep -cx idle)" = 2 ] && { echo "SLURM_CONF=$SLURM_CONF"; exit 0; }
     sleep 0.1
   done
   echo "Slurm did not come up: $(tail -n 1 "$D/slurmctld.log")" >&2
-  exit 3
+  exit 1
   ;;
 node)
   slurmd -N "n$3" -f "$SLURM_CONF"

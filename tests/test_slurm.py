@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def cluster(tmp_path_factory):
     up = subprocess.run([SCRIPT, "up", folder], capture_output=True, text=True, timeout=300)
     if up.returncode:
         subprocess.run([SCRIPT, "down", folder], capture_output=True, timeout=60)
+        assert up.returncode == 3, up.stderr
         pytest.skip(f"no Slurm here: {up.stderr.strip()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
@@ -87,11 +89,13 @@ class Site:
         files = [*self.out.glob("*/log.txt"), *self.out.glob(".slurm/*/*log*")]
         return "\n".join(f"--- {path}\n{path.read_text()[-1500:]}" for path in files)
 
-    def trained(self, run, beyond=0):
-        """Images, once the run has trained more than `beyond`."""
-        seen = lambda: max([row["images"] for row in Record(run).rows() if "loss" in row], default=0)  # noqa: E731
-        self.until(lambda: seen() > beyond, "training")
-        return seen()
+    def said(self, words):
+        """How often the jobs' logs have it."""
+        return sum(path.read_text().count(words) for path in self.out.glob(".slurm/*/*log*"))
+
+    def trained(self, run):
+        """Images."""
+        return max([row["images"] for row in Record(run).rows() if "loss" in row], default=0)
 
 
 def lock_holder(run):
@@ -107,22 +111,43 @@ def lock_holder(run):
 
 
 def freeze(site, run, beyond=0):
-    """Stop a run's process where it is, once it has trained more than `beyond`. Returns its number and the images."""
+    """Stop a run's process once it has trained more than `beyond`. Returns its number and the images.
+
+    It runs for moments at a time, so that it does not come to its end unseen on a busy machine.
+    """
     pid = site.until(lambda: lock_holder(run), "a process with the lock")
-    site.trained(run, beyond)
-    os.kill(pid, signal.SIGSTOP)
-    return pid, site.trained(run, beyond)
+
+    def a_moment():
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.03)
+        os.kill(pid, signal.SIGSTOP)
+        site.until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "a stop")
+        return site.trained(run) > beyond
+
+    site.until(a_moment, "training")
+    assert site.trained(run) < run.optim.images
+    return pid, site.trained(run)
 
 
-def pending(pid, number):
-    """Whether a signal waits for a stopped process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    sets = [int(line.split()[1], 16) for line in lines if line.startswith(("ShdPnd", "SigPnd"))]
-    return any(bits >> (number - 1) & 1 for bits in sets)
+def let_go(site, pid):
+    """Once SIGUSR2 is there for a stopped process, let that come to its end. Preemption lets it run by itself."""
+
+    def reached():
+        with suppress(OSError):
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            bits = int(status["ShdPnd"], 16) | int(status["SigPnd"], 16)
+            return "stopped" not in status["State"] or bits >> (signal.SIGUSR2 - 1) & 1
+        return True
+
+    site.until(reached, "the signal")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    site.until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the interrupted process")
 
 
 def assert_as_if_never_interrupted(site, run, *overrides):
-    whole = trainer.train(compose.plan([*site.common, *overrides, f"out={site.folder}/whole"])[1][0])[0]
+    plan = compose.plan([*site.common, *overrides, f"out={site.folder}/whole"])[1]
+    whole = trainer.train(next(other for other in plan if other.name == run.name))[0]
     weights = load_file(Record(run).folder / "model" / "model.safetensors")
     assert weights and all(torch.equal(v, weights[k]) for k, v in whole.ema.net.state_dict().items() if k in weights)
     images = [row["images"] for row in Record(run).rows() if "loss" in row]
@@ -169,16 +194,26 @@ def test_an_array_of_six_with_a_failure_in_its_middle(site, capsys):
 
 
 def test_preempted_packed_and_resumed_to_the_bit(site):
+    """By a signal in its first run; in its second by Slurm itself, for a job of more priority."""
     grid = ["seed=0,1", "optim.images=1600"]
     first, second = site.runs(*grid)
     assert site(*grid, site.profile(), "pack=2") == 0
     (job,) = Ledger(site.out).submissions()[0].jobs
-    site.trained(first)
+    pid, images = freeze(site, first)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    let_go(site, pid)
+    assert site.said("Requeued job") == 1
+    assert images <= site.trained(first) <= images + 32, "it saved at the end of its step"
+
+    pid, images = freeze(site, second)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    subprocess.run([*urgent, "--wrap=true"], check=True, capture_output=True)
+    let_go(site, pid)
     states = site.settled(*grid)
     assert {s.kind for s in states.values()} == {"done"}, site.log()
-    assert "Requeued job" in site.log()
+    assert site.said("Requeued job") == 2
     assert_as_if_never_interrupted(site, first, *grid)
+    assert_as_if_never_interrupted(site, second, *grid)
 
 
 def test_a_time_limit_that_strikes_twice(site):
@@ -199,13 +234,12 @@ def test_a_time_limit_that_strikes_twice(site):
         pid, images = freeze(site, run, beyond=seen[-1])  # between two steps: time passes, images do not
         seen.append(images)
         limit(2)  # in less than signal_s and a while: the signal comes when Slurm looks, twice a minute
-        site.until(lambda: pending(pid, signal.SIGUSR2), "the signal before the time limit")  # noqa: B023
+        let_go(site, pid)
         limit(60)
-        os.kill(pid, signal.SIGCONT)
     states = site.settled(*long)
     assert states[run.name].kind == "done", site.log()
-    assert site.log().count("Requeued job") == 2
-    assert site.log().count("this job is timed-out") + site.log().count("this job is preempted") == 2
+    assert site.said("Requeued job") == 2
+    assert site.said("this job is timed-out") + site.said("this job is preempted") == 2
     assert_as_if_never_interrupted(site, run, *long)
 
 
@@ -236,13 +270,22 @@ def ancestors(pid):
         yield pid
 
 
-def test_one_run_on_two_nodes(site):
-    one = ["optim.images=96", "eval.nfe=[1]"]
+def test_one_run_on_two_nodes_preempted(site):
+    one = ["optim.images=320", "eval.nfe=[1]"]
     run = site.runs(*one)[0]
     # One (fake) GPU a node; the nodes' names are nobody's.
     assert site(*one, site.profile(gpus_per_node=1, setup=["export MASTER_ADDR=127.0.0.1"]), "gpus=2") == 0
+    (job,) = Ledger(site.out).submissions()[0].jobs
+    pid, _ = freeze(site, run)
+    nodes = subprocess.run(["squeue", "-h", "-o", "%D %N"], capture_output=True, text=True).stdout.split()
+    assert nodes == ["2", "n[0-1]"]
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    let_go(site, pid)
     states = site.settled(*one)
     assert states[run.name].kind == "done", site.log()
+    assert site.said("Requeued job") == 1
+    images = [row["images"] for row in Record(run).rows() if "loss" in row]
+    assert images == sorted(set(images)) and images[-1] == 320, "one process writes"
     alone = trainer.train(compose.plan([*site.common, *one, f"out={site.folder}/whole"])[1][0])[0]
     weights = load_file(Record(run).folder / "model" / "model.safetensors")
     for key, value in alone.ema.net.state_dict().items():
@@ -251,11 +294,18 @@ def test_one_run_on_two_nodes(site):
 
 
 def test_cancelled_runs_are_stale_and_can_be_submitted_again(site, capsys):
-    run = site.runs()[0]
-    assert site(site.profile()) == 0
-    assert site("cancel") == 0
-    assert site.settled()[run.name].kind == "stale"
+    """And a grid longer than this site's longest array, of seven jobs, becomes several."""
+    grid, held = ["seed=0,1,2,3,4,5,6,7,8"], site.profile(sbatch={"hold": True})
+    assert site(*grid, held) == 0
+    assert "submitted 9 runs in 9 jobs" in capsys.readouterr().out
+    assert [len(submission.jobs) for submission in Ledger(site.out).submissions()] == [7, 2]
+    assert {s.kind for s in site.states(*grid).values()} == {"queued"}
+    assert site("cancel", "seed=0,1,2") == 0
+    site.until(lambda: [s.kind for s in site.states(*grid).values()] == ["stale"] * 3 + ["queued"] * 6, "the end of 3")
     capsys.readouterr()
-    assert site(site.profile()) == 0
-    assert "submitted 1 runs" in capsys.readouterr().out
+    assert site(*grid, held) == 0
+    assert "submitted 3 runs in 3 jobs" in capsys.readouterr().out
     assert site("cancel") == 0
+    assert {s.kind for s in site.settled(*grid).values()} == {"stale"}
+    assert site(*grid, site.profile(partition="none")) == 2
+    assert "sbatch refused the job" in capsys.readouterr().err
