@@ -54,7 +54,7 @@ def two_panels(view: View, of: Series, ratio: bool) -> tuple[Figure, Axes, Axes,
     ends, _ = bands(above, of, arms)
     relative, edges = bands(below, against(of, arms[0], ratio), arms)
     below.set_ylim(*style.focus(edges, 1.0 if ratio else 0.0))
-    below.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:.3g}"))
+    below.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:.4g}"))  # 1.005 is not 1
     return figure, above, below, ({arm: end for arm, end in ends.items() if arm not in relative}, relative)
 
 
