@@ -247,8 +247,9 @@ def test_a_dead_node_costs_at_most_what_lies_between_checkpoints(site, cluster):
     long = ["optim.images=1600"]
     (run,) = site.runs(*long)
     assert site(*long, site.profile()) == 0
-    pid, images = freeze(site, run)
-    node = subprocess.run(["squeue", "-h", "-o", "%N"], capture_output=True, text=True).stdout.strip()
+    (job,) = Ledger(site.out).submissions()[0].jobs
+    pid, images = freeze(site, run, beyond=64)  # so that there is a checkpoint
+    (node,) = nodes_of(job)
     daemon = int((cluster / f"slurmd.{node}.pid").read_text())
     family = [daemon, pid, *ancestors(pid)]
     for process in family:
@@ -264,6 +265,11 @@ def test_a_dead_node_costs_at_most_what_lies_between_checkpoints(site, cluster):
     assert_as_if_never_interrupted(site, run, *long)
 
 
+def nodes_of(job):
+    names = subprocess.check_output(["squeue", "-h", "-j", job, "-o", "%N"], text=True)
+    return subprocess.check_output(["scontrol", "show", "hostnames", names.strip()], text=True).split()
+
+
 def ancestors(pid):
     """Up to the daemon of the job's step, which is init's child."""
     while (pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])) > 1:
@@ -277,8 +283,7 @@ def test_one_run_on_two_nodes_preempted(site):
     assert site(*one, site.profile(gpus_per_node=1, setup=["export MASTER_ADDR=127.0.0.1"]), "gpus=2") == 0
     (job,) = Ledger(site.out).submissions()[0].jobs
     pid, _ = freeze(site, run)
-    nodes = subprocess.run(["squeue", "-h", "-o", "%D %N"], capture_output=True, text=True).stdout.split()
-    assert nodes == ["2", "n[0-1]"]
+    assert nodes_of(job) == ["n0", "n1"]
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     let_go(site, pid)
     states = site.settled(*one)
@@ -305,7 +310,7 @@ def test_cancelled_runs_are_stale_and_can_be_submitted_again(site, capsys):
     capsys.readouterr()
     assert site(*grid, held) == 0
     assert "submitted 3 runs in 3 jobs" in capsys.readouterr().out
-    assert site("cancel") == 0
+    assert site("cancel", *grid) == 0
     assert {s.kind for s in site.settled(*grid).values()} == {"stale"}
     assert site(*grid, site.profile(partition="none")) == 2
     assert "sbatch refused the job" in capsys.readouterr().err
