@@ -48,13 +48,13 @@ def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> "Run |
     """
     from experiments import compose
 
-    overrides = experiment.at(tier).overrides
+    room = experiment.at(tier)
     path = [f"data.path=/{data.removeprefix('folder-')}"] if data.startswith("folder-") else []
     free = [f"tier={tier}", f"data={'folder' if path else data}", *path]
-    fixed = {override.split("=")[0] for override in overrides}
-    arguments = [*(o for o in free if o.split("=")[0] not in fixed), *overrides, f"ablation={arm}"]
+    fixed = {override.split("=")[0] for override in room.overrides}
+    arguments = [*(o for o in free if o.split("=")[0] not in fixed), f"ablation={arm}"]
     try:
-        return compose.as_run(compose.one(arguments))
+        return compose.as_run(compose.of_room(room, arguments))
     except BadInput:
         return None
 

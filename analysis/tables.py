@@ -80,11 +80,12 @@ def what_it_changes(root: Path, arm: str) -> str:
 
 
 def tuned_arms(root: Path, experiment: "Experiment", tier: str) -> set[str]:
-    """Arms with the same learning-rate grid (two rates or more) as the first, by any room's learning_rates.csv."""
-    grids: dict[str, set[float]] = {}
-    for path in sorted(root.glob("*/learning_rates.csv")):
-        trials = pd.read_csv(path)
-        grids |= {str(arm): set(rows["lr"]) for arm, rows in trials[trials["tier"] == tier].groupby("arm")}
+    """Arms with the same learning-rate grid (two rates or more) as the first, by the room's learning_rates.csv."""
+    path = root / experiment.name / "learning_rates.csv"
+    if not path.exists():
+        return set()
+    trials = pd.read_csv(path)
+    grids = {str(arm): set(rows["lr"]) for arm, rows in trials[trials["tier"] == tier].groupby("arm")}
     first = grids.get(experiment.arms[0], set())
     return {arm for arm, grid in grids.items() if grid == first and len(grid) > 1}
 
@@ -163,7 +164,7 @@ def table_of(
     )
 
 
-UNTUNED = " † untuned: trained at the default learning rate, not searched on the grid of the first arm."
+UNTUNED = " † untuned: trained at the tier's learning rate, not at one chosen for the arm (`learning_rates.csv`)."
 
 
 def floor_line(

@@ -6,8 +6,9 @@ typo is answered in a second.
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.room import ROOT, arm_files, load_experiment, rooms
+from experiments.room import ROOT, Experiment, arm_files, load_experiment, rooms
 from liquiddiff.config import DATA_SETS, SIZES, BadInput, Run, check, choose, flatten
 
 
@@ -87,6 +88,14 @@ def one(overrides: list[str]) -> Launch:
     return copy.deepcopy(_one(tuple(overrides), tuple(sorted(arms().items()))))
 
 
+def of_room(room: Experiment, overrides: list[str]) -> Launch:
+    """An arm as `room` trains it: with the room's overrides, and at the rate chosen for it there if none is given."""
+    launch = one([*room.overrides, *overrides])
+    if not any(override.startswith("optim.lr=") for override in [*room.overrides, *overrides]):
+        launch.optim.lr = room.rates.get((launch.tier, launch.data.name, launch.arm), launch.optim.lr)
+    return launch
+
+
 @cache
 def _one(overrides: tuple[str, ...], _arms: tuple[tuple[str, Path], ...]) -> Launch:
     """`_arms` keeps apart the answers for different rooms."""
@@ -141,9 +150,9 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
         if not seed.isdecimal():
             raise BadInput(f"seed={seed} must be a whole number, or several as seed=0,1,2")
     grid = next((o.partition("=")[2] for o in rest if o.startswith("experiment=")), None)
-    cells: list[tuple[list[str], list[str], list[str]]]  # a room's overrides, arms, seeds
+    cells: list[tuple[Callable[[list[str]], Launch], list[str], list[str]]]  # how a room composes; arms, seeds
     if grid in (None, "null"):
-        cells = [([], sweeps["ablation"], sweeps["seed"])]
+        cells = [(one, sweeps["ablation"], sweeps["seed"])]
     else:
         names = list(rooms()) if grid == "all" else [choose("experiment", grid, ["all", *rooms()])]
         tier = next((o.partition("=")[2] for o in rest if o.startswith("tier=")), "laptop")
@@ -152,7 +161,7 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
             choose(f"arm of experiment={grid}", arm, {a for room in loaded for a in room.arms})
         cells = [
             (
-                room.overrides,
+                partial(of_room, room),
                 [a for a in room.arms if a in sweeps["ablation"] or sweeps["ablation"] == [""]],
                 sweeps["seed"] if sweeps["seed"] != [""] else [str(s) for s in room.seeds],
             )
@@ -160,11 +169,11 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
         ]
     launch: Launch | None = None
     runs: dict[tuple[str, str, str], Run] = {}
-    for extra, chosen, seeds in cells:
+    for compose_one, chosen, seeds in cells:
         for arm, lr in itertools.product(chosen, sweeps["optim.lr"]):
             rate = [f"optim.lr={lr}"] if lr else []
-            arm_overrides = [*extra, *rest, *rate, *([f"ablation={arm}"] if arm else [])]
-            composed = one([*arm_overrides, *([f"seed={seeds[0]}"] if seeds[0] else [])])
+            arm_overrides = [*rest, *rate, *([f"ablation={arm}"] if arm else [])]
+            composed = compose_one([*arm_overrides, *([f"seed={seeds[0]}"] if seeds[0] else [])])
             launch = launch or composed
             run = as_run(composed)
             signature = run.signature()  # once: it is the same for every seed

@@ -3,6 +3,7 @@
 This file imports neither torch nor pandas: the launcher and every table read it first.
 """
 
+import csv
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Experiment:
     overrides: list[str] = field(default_factory=list)  # key=value, for all its runs
     varies: list[str] = field(default_factory=list)  # protocol columns that are the question, e.g. solver
     tiers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {hour: {metric: fd, margin: 0.5}}: see `at`
+    rates: dict[tuple[str, str, str], float] = field(default_factory=dict)  # not of experiment.yaml: `chosen_rates`
 
     def at(self, tier: str) -> "Experiment":
         """The experiment as `tier` has it: larger data may need another metric, margin or fewer seeds."""
@@ -72,13 +74,13 @@ def load_experiment(folder: Path) -> Experiment:
         raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} must be a list of key: value lines")
-    keys = {f.name: f for f in fields(Experiment) if f.name != "name"}
+    keys = {f.name: f for f in fields(Experiment) if f.name not in ("name", "rates")}
     for key in values:
         choose(f"key in {path}", key, keys)
     for key, spec in keys.items():
         if key not in values and spec.default is MISSING and spec.default_factory is MISSING:
             raise BadInput(f"{path} lacks {key}:")
-    experiment = Experiment(name=folder.name, **values)
+    experiment = Experiment(name=folder.name, rates=chosen_rates(folder), **values)
     tiers = experiment.tiers
     if not isinstance(tiers, dict) or not all(isinstance(changes, dict) for changes in tiers.values()):
         raise BadInput(f"{path}: tiers must look like {{hour: {{metric: fd, margin: 0.5}}}}")
@@ -91,6 +93,16 @@ def load_experiment(folder: Path) -> Experiment:
     for arm in experiment.arms:
         choose(f"arm in {path}", arm, known)
     return experiment
+
+
+def chosen_rates(folder: Path) -> dict[tuple[str, str, str], float]:
+    """{(tier, data set, arm): learning rate} that the room's learning_rates.csv chose (analysis/learning_rates.py)."""
+    path = folder / "learning_rates.csv"
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        chosen = [row for row in csv.DictReader(file) if row["chosen"] == "True"]
+    return {(row["tier"], row["data"], row["arm"]): float(row["lr"]) for row in chosen}
 
 
 def _check(experiment: Experiment, path: Path) -> None:

@@ -54,7 +54,9 @@ def test_a_grid_of_rates_is_one_command():
 def test_every_arm_trains_at_its_chosen_rate(path):
     trials = pd.read_csv(path)
     assert learning_rates.choose(trials.drop(columns="chosen"))["chosen"].tolist() == trials["chosen"].tolist()
-    for arm, rows in trials.groupby("arm"):
-        if len(rows) > 1:
-            run = compose.plan([f"ablation={arm}"])[1][0]
-            assert run.optim.lr == rows[rows["chosen"]]["lr"].item()
+    for (tier, data, arm), rows in trials.groupby(["tier", "data", "arm"]):
+        command = [f"experiment={path.parent.name}", f"ablation={arm}", f"tier={tier}", f"data={data}"]
+        chosen = rows[rows["chosen"]]["lr"].item()
+        assert {run.optim.lr for run in compose.plan(command)[1]} == {chosen}
+        assert {run.optim.lr for run in compose.plan([*command, "optim.lr=1e-5"])[1]} == {1e-5}  # what is given wins
+        assert compose.plan(command[1:])[1][0].optim.lr == compose.plan(command[2:])[1][0].optim.lr  # the tier's
