@@ -127,6 +127,8 @@ def submit(
         lanes = launch.jobs if options["cluster"] == "local" else -(-len(todo) // int(options["pack"]))
         packs = [todo[k :: min(lanes, len(todo))] for k in range(min(lanes, len(todo)))]
         if launch.dry:
+            for pack in packs[:ROWS]:
+                print("  " + ", ".join(run.name for run in pack))
             print(f"dry=true: {len(todo)} runs in {len(packs)} jobs would be submitted to {options['cluster']}")
             return 0
         from slurm import backend  # late: submitit
@@ -161,6 +163,9 @@ def summary(count: Counter[str]) -> str:
 
 def show(states: list[State]) -> None:
     """The table; of a large grid only what runs or went wrong."""
+    if not states:
+        print("nothing was submitted under this out=")
+        return
     shown = [s for s in states if len(states) <= ROWS or s.kind in ("running", "failed", "stale")]
     if shown:
         print(f"{'run':46} {'state':8} {'images':>21}  {'minutes left':>12}  job")
@@ -187,9 +192,12 @@ def logs(ledger: Ledger, wanted: str) -> int:
     paths = [ledger.out / run / "log.txt"]
     for process in range(submission.processes):
         paths += [Path(submission.folder) / f"{job}_{process}_log.{end}" for end in ("err", "out")]
-    for path in paths:
-        if path.exists() and (text := path.read_text(errors="replace").strip()):
+    texts = {path: path.read_text(errors="replace").strip() for path in paths if path.exists()}
+    for path, text in texts.items():
+        if text:
             print(f"==> {path} <==\n{text}")
+    if not any(texts.values()):
+        print(f"{run} has printed nothing yet")
     return 0
 
 
