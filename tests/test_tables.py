@@ -128,8 +128,9 @@ def test_the_note_holds_protocol_command_and_power(root):
 def test_tuned_arms_are_those_with_the_same_grid(root):
     fill(root, results())
     grid = {"baseline": (0.001, 0.002), "good": (0.002, 0.001), "bad": (0.001,)}
-    lines = [f"{tier},{arm},{lr}" for tier in ("laptop", "hour") for arm, rates in grid.items() for lr in rates]
-    (root / "room/learning_rates.csv").write_text("\n".join(["tier,arm,lr", *lines, "hour,bad,0.002"]))
+    trials = [(tier, arm, lr) for tier in ("laptop", "hour") for arm, rates in grid.items() for lr in rates]
+    lines = [f"{tier},digits,{arm},{lr},{lr == 0.002}" for tier, arm, lr in [*trials, ("hour", "bad", 0.002)]]
+    (root / "room/learning_rates.csv").write_text("\n".join(["tier,data,arm,lr,chosen", *lines]))
     names = [line[0].text for line in one(root).rows]
     assert names == ["baseline", "good", "bad †", "alike †", "absent †", "real"]
 
