@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from liquiddiff import budget, depthwise
+from liquiddiff import budget, depthwise, pointwise
 from liquiddiff.config import SIZES, Model, Optim
 from liquiddiff.seeding import initialise
 from liquiddiff.trainer import RectifiedFlowTrainer
@@ -157,6 +157,9 @@ def peers(bench: Bench) -> Iterator[Row]:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         product, flops = bench.matmul(dtype)
         tasks: dict[str, Callable[[], object]] = {"matmul": product}
+        if pointwise.onednn() and not bench.gpu:  # the other product that torch has, and that the 1x1 layers use
+            square = torch.randn(2048, 2048)
+            tasks["onednn"] = lambda square=square: pointwise.product(square, square, None)
         for name, trainer in trainers.items():
             noise = torch.randn(batch, 3, side, side, device=bench.device)
             tasks[f"training {name}"] = partial(trainer.train_step, x)
@@ -175,9 +178,13 @@ def peers(bench: Bench) -> Iterator[Row]:
         for what, passes, goal in (("sampling", 1, 0.8), ("training", 3, 0.65)):  # backward is twice forward
             done = [2 * macs * passes * batch / seconds for seconds in times[f"{what} liquid"]]
             share = [a / b for a, b in zip(done, peak, strict=True)]
+            note = f"peak {statistics.median(peak) / 1e9:.4g} GFLOP/s, {precision}"
+            if "onednn" in times:
+                other = [a * s / flops for a, s in zip(done, times["onednn"], strict=True)]
+                rate = flops / statistics.median(times["onednn"]) / 1e9
+                note += f"; {statistics.median(other):.3g} of oneDNN's {rate:.4g}"
             yield Row(f"{what} tiny {side}x{side}: share of the matmul peak", "of peak", share,
-                      None if bench.gpu else (">=", goal),
-                      f"peak {statistics.median(peak) / 1e9:.4g} GFLOP/s, {precision}")  # fmt: skip
+                      None if bench.gpu else (">=", goal), note)  # fmt: skip
 
 
 def kernels(bench: Bench) -> Iterator[Row]:

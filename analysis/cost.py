@@ -25,8 +25,6 @@ from liquiddiff.config import SIZES, BadInput, choose
 if TYPE_CHECKING:
     from analysis.benchmarks import Bench, Row
 
-# Idle OpenMP threads must sleep, not spin, beside the subprocesses that are timed here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DEFAULTS = {"what": "all", "device": "auto", "threads": "0", "repeats": "7", "mixers": "all", "sizes": "all"}
 COMMANDS = ("room", "estimate", "table")
 

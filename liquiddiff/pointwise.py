@@ -19,30 +19,30 @@ from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
 
-__all__ = ["pointwise"]
+__all__ = ["onednn", "pointwise", "product"]
 
 
 def pointwise(x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None, silu: bool = False) -> Tensor:
     """1x1 convolution, or SiLU of it, (B, O, H, W), channels-last."""
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     tensors = (x_BHWC, weight_OC) if bias_O is None else (x_BHWC, weight_OC, bias_O)
-    if x_BHWC.is_contiguous() and native.eager(*tensors) and x_BHWC.numel() and _onednn():
+    if x_BHWC.is_contiguous() and native.eager(*tensors) and x_BHWC.numel() and onednn():
         if torch.is_grad_enabled():
             y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O)
         else:
-            return _product(x_BHWC, weight_OC, bias_O, "swish" if silu else "none").permute(0, 3, 1, 2)
+            return product(x_BHWC, weight_OC, bias_O, "swish" if silu else "none").permute(0, 3, 1, 2)
     else:
         y_BHWO = F.linear(x_BHWC, weight_OC, bias_O)
     return (F.silu(y_BHWO) if silu else y_BHWO).permute(0, 3, 1, 2)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
     """X W^T + bias by oneDNN: the operator that torch.compile puts in the place of a linear layer."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
 
 
 @functools.cache
-def _onednn() -> bool:
+def onednn() -> bool:
     """Tell whether oneDNN is there, and the faster one."""
     fast = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return fast and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -73,14 +73,14 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad
         g = g.contiguous()
-        dx = _product(g, weight.t().contiguous(), None) if need[0] else None
+        dx = product(g, weight.t().contiguous(), None) if need[0] else None
         if not (need[1] or need[2]):
             return dx, None, None
         dw, db = _weight_gradient(g.flatten(0, -2), x.flatten(0, -2))
