@@ -159,7 +159,7 @@ def peers(bench: Bench) -> Iterator[Row]:
         tasks: dict[str, Callable[[], object]] = {"matmul": product}
         if pointwise.onednn() and not bench.gpu:  # the other product that torch has, and that the 1x1 layers use
             square = torch.randn(2048, 2048)
-            tasks["onednn"] = lambda square=square: pointwise.product(square, square, None)
+            tasks["onednn"] = partial(pointwise.product, square, square, None)
         for name, trainer in trainers.items():
             noise = torch.randn(batch, 3, side, side, device=bench.device)
             tasks[f"training {name}"] = partial(trainer.train_step, x)
