@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 UNEVEN = ["optim.images=40", "optim.batch=13", "optim.warmup=1", "checkpoint_every=13", "eval.batch=24", "threads=1"]
 
 
-def torchrun(*overrides, processes=2):
+def torchrun(*overrides, processes=2, script=ROOT / "experiments" / "run.py"):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    command += [str(ROOT / "experiments" / "run.py"), *overrides]
+    command += [str(script), *overrides]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -47,6 +47,35 @@ def test_two_processes_compute_what_one_does(small, tmp_path):
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
     assert done.stdout.count("signature ") == 1  # one header
     assert json.loads((two.folder / "done").read_text())["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.slurm  # with the other tests that are slow
+def test_compiled_in_bf16_and_checkpointed(small, tmp_path):
+    """Captured and differentiated by the compiler, run by PyTorch's own kernels: its code takes minutes to build."""
+    overrides = [*small, "optim.images=36", "optim.batch=12", "optim.warmup=1", "eval.nfe=[1]", "optim.precision=bf16"]
+    assert main([*overrides, f"out={tmp_path}/one"]) == 0
+    script = tmp_path / "compiled.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from functools import partial\n"
+        "from experiments.run import main\n"
+        "torch.compile = partial(torch.compile, backend='aot_eager')\n"
+        "status = main(sys.argv[1:])\n"
+        "graphs = torch._dynamo.utils.counters['stats']['unique_graphs']\n"
+        "print('captured', graphs)\n"
+        "sys.exit(status)\n"
+    )
+    both = [*overrides, "optim.compile=true", "optim.checkpointing=true", f"out={tmp_path}/two"]
+    done = torchrun(*both, script=script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "captured 0" not in done.stdout and done.stdout.count("captured") == 2
+    one, two = (next(tmp_path.glob(f"{name}/*/metrics.jsonl")) for name in ("one", "two"))
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (one, two)]
+    losses = [[row["loss"] for row in some if "loss" in row] for some in rows]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-2)
+    for path in (one, two):
+        assert json.loads(path.with_name("env.json").read_text())["precision"] == "bf16"
 
 
 def test_parts_of_a_batch_are_the_batch(monkeypatch):

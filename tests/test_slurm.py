@@ -91,7 +91,7 @@ class Site:
 
     def said(self, words):
         """How often the jobs' logs have it."""
-        return sum(path.read_text().count(words) for path in self.out.glob(".slurm/*/*log*"))
+        return sum(path.read_text().count(words) for path in self.out.glob(".slurm/*/*_log.out"))
 
     def trained(self, run):
         """Images."""
