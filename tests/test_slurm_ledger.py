@@ -219,7 +219,7 @@ def test_a_process_that_waits_for_another_is_requeued_too(tmp_path):
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running")  # submitit lets its children go
 def test_background_jobs_of_this_machine(small, tmp_path, capsys):
     """Two runs, one after another; the first is preempted, and goes on where it was."""
-    grid = [*small, "seed=0,1", "optim.images=3200", "eval.nfe=[1]"]
+    grid = [*small, "seed=0,1", "optim.images=1280", "eval.nfe=[1]"]
     runs = compose.plan(grid)[1]
     assert launch.main([*grid, "cluster=local"]) == 0
     assert "submitted 2 runs in 1 jobs" in capsys.readouterr().out
@@ -236,7 +236,7 @@ def test_background_jobs_of_this_machine(small, tmp_path, capsys):
     assert "2 runs: 2 done" in capsys.readouterr().out
     for run in runs:
         images = [row["images"] for row in Record(run).rows() if "loss" in row]
-        assert images == sorted(set(images)) and images[-1] == 3200
+        assert images == sorted(set(images)) and images[-1] == 1280
         assert yaml.safe_load((Record(run).folder / "run.yaml").read_text())["out"] == str(tmp_path / "runs")
     (log,) = (tmp_path / "runs" / ".slurm").glob(f"*/{job}_0_log.out")
     assert "Requeued job" in log.read_text()
