@@ -113,11 +113,16 @@ class Depthwise(torch.autograd.Function):
 
 @functools.cache
 def usable(device: torch.device, kernel_size: int, dtype: torch.dtype) -> bool:
-    """Tell whether the kernels run on this device and agree there with torch's own, outputs and gradients."""
+    """Tell whether the kernels run on this device and agree there with torch's own, outputs and gradients.
+
+    The first caller may be anywhere, so this is apart from its modes and, within a checkpoint, from its saved tensors.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    autocast = torch.autocast(device.type, enabled=False)
     try:
-        return all(
-            error <= 1e-5 if dtype is torch.float32 else error <= 2e-2 for error in errors(device, kernel_size, dtype)
-        )
+        with torch.inference_mode(False), torch.enable_grad(), hooks, autocast:
+            found = errors(device, kernel_size, dtype)
+        return all(error <= (1e-5 if dtype is torch.float32 else 2e-2) for error in found)
     except Exception:  # a compiler, a driver or a device that Triton does not know: torch does the work
         return False
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import liquiddiff
 
@@ -52,6 +53,41 @@ def test_the_network_s_convolution_takes_them_in_the_dtype_of_autocast(kernels, 
     torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
     y.float().sum().backward()
     assert w.grad.dtype is torch.float32
+
+
+def in_a_checkpoint(check):
+    def f(x):
+        check()
+        return x.sin()
+
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(f, x, use_reentrant=False).backward()
+    torch.testing.assert_close(x.grad, torch.ones(1).cos())
+
+
+def in_inference(check):
+    with torch.inference_mode():
+        check()
+
+
+def in_autocast(check):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        check()
+
+
+@pytest.mark.parametrize("where", [in_a_checkpoint, in_inference, in_autocast])
+def test_the_first_use_may_be_anywhere(kernels, where):
+    kernels.usable.cache_clear()
+    real = kernels.errors
+
+    def small(device, k, dtype):
+        return real(device, k, dtype, (1, 3, 2, 4))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "errors", small)
+        where(lambda: kernels.usable(CPU, 3, torch.float32))
+        assert kernels.usable(CPU, 3, torch.float32)
+    kernels.usable.cache_clear()
 
 
 def test_what_fails_or_differs_is_left_to_torch(kernels, monkeypatch):
