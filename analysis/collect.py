@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 COLUMNS = [
     *"arm seed tier data data_fingerprint signature commit device images batch n reference extractor".split(),
     *("solver", "nfe", "ema", *SCORES, "loss", "val_loss"),
-    *"params macs images_per_second peak_mib seconds".split(),
+    *"params macs images_per_second peak_mib seconds lr".split(),
 ]
 WHOLE = frozenset("seed images batch n nfe ema params macs".split())
 Row = dict[str, str]
@@ -83,20 +83,22 @@ def belonging(found: Iterable[Found], experiment: "Experiment", today: Today) ->
 
 
 def outdated(old: list[Row], runs: list[Found], experiment: "Experiment", today: Today) -> list[Row]:
-    """Rows of another budget than the arm has today, where runs of their tier and data set are here to replace them."""
+    """Rows that no table may hold beside `runs`: of an arm as it was before, or of another budget in their place."""
     places = {(each.run.tier, each.run.data.name) for each in runs}
+    arms = {(each.run.arm, each.run.tier, each.run.data.name) for each in runs}
 
     @cache
-    def budget(*key: str) -> tuple[str, ...] | None:
+    def now(*key: str) -> tuple[str, ...] | None:
         run = today(experiment, *key)
-        return (str(run.optim.images), str(run.optim.batch)) if run else None
+        return (str(run.optim.images), str(run.optim.batch), run.signature()) if run else None
 
-    return [
-        row
-        for row in old
-        if row["arm"] in experiment.arms and (row["tier"], row["data"]) in places
-        if budget(row["arm"], row["tier"], row["data"]) not in (None, (row["images"], row["batch"]))
-    ]
+    def replaced(row: Row) -> bool:
+        key = (row["arm"], row["tier"], row["data"])
+        if row["arm"] not in experiment.arms or key[1:] not in places or not (is_now := now(*key)):
+            return False
+        return is_now[:2] != (row["images"], row["batch"]) or (key in arms and is_now[2] != row["signature"])
+
+    return [row for row in old if replaced(row)]
 
 
 def rows_of(found: Found) -> list[Row]:
@@ -112,6 +114,7 @@ def rows_of(found: Found) -> list[Row]:
         "images": run.optim.images,
         "batch": run.optim.batch,
         "ema": run.optim.ema,
+        "lr": run.optim.lr,
     }
     rows = [same | {key: each.get(key) for key in COLUMNS if key in each} for each in found.evaluations]
     if found.floor and found.evaluations:
@@ -191,8 +194,8 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, today: T
     path = folder / "results.csv"
     old = read(path)
     if gone := outdated(old, runs, experiment, today):
-        budgets = ", ".join(sorted({row["images"] for row in gone}))
-        print(f"{experiment.name}: {len(gone)} rows of another budget ({budgets} images) make place for today's")
+        before = ", ".join(sorted({f"{row['arm']} {row['signature']}, {row['images']} images" for row in gone}))
+        print(f"{experiment.name}: {len(gone)} rows of arms as they were before make place for today's: {before}")
         old = [row for row in old if row not in gone]
     new = [row for each in sorted(runs, key=lambda each: each.name) for row in rows_of(each)]
     rows = merge(old, new, experiment)

@@ -10,16 +10,19 @@ in the file, and other rooms, train at the tier's.
 
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from analysis import cli
+from analysis.collect import composed
 from analysis.runs import Found, from_folders
 from liquiddiff.config import BadInput
 
 if TYPE_CHECKING:
+    from experiments.room import Experiment
     from liquiddiff.config import Run
 
 FILE = "learning_rates.csv"
@@ -47,17 +50,25 @@ def trial(found: Found, today: "Run", nfe: float) -> dict[str, object] | None:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
-    from experiments import compose
-
     values, _ = cli.arguments(argv, {"experiment": "mixer", "out": "runs", "seed": "0"})
     for experiment in cli.rooms(values["experiment"]):
         path = cli.ROOMS / experiment.name / FILE
-        today = {
-            arm: compose.as_run(compose.one([*experiment.overrides, f"ablation={arm}"])) for arm in experiment.arms
-        }
-        found = [f for f in from_folders(Path(values["out"]), today.__contains__) if str(f.run.seed) == values["seed"]]
-        rows = [row for f in found if (row := trial(f, today[f.run.arm], experiment.nfe))]
-        old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+
+        @cache
+        def today(arm: str, tier: str, data: str, room: "Experiment" = experiment) -> "Run | None":
+            return composed(room, arm, tier, data)
+
+        rows = []
+        for found in from_folders(Path(values["out"]), experiment.arms.__contains__):
+            now = today(found.run.arm, found.run.tier, found.run.data.name)
+            if now and str(found.run.seed) == values["seed"] and (row := trial(found, now, experiment.nfe)):
+                rows.append(row)
+        old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEY, "images"])
+        of_today = [
+            (now := today(row.arm, row.tier, row.data)) is None or now.optim.images == row.images
+            for row in old.itertuples()
+        ]
+        old = old[pd.Series(of_today, index=old.index, dtype=bool)]  # rates of another budget prove nothing
         trials = pd.concat([frame for frame in (old, pd.DataFrame(rows)) if len(frame)] or [old])
         if trials.empty:
             if values["experiment"] == "all":

@@ -47,8 +47,7 @@ def tables_of(folder: Path, experiment: "Experiment") -> list[Table]:
     texts = {arm: what_it_changes(folder.parent, arm) for arm in experiment.arms}
     groups = groups_of(load(folder), experiment)
     return [
-        table_of(rows, each, texts, tuned_arms(folder.parent, each, str(rows["tier"].iloc[0])), title, slug)
-        for title, slug, each, rows in groups
+        table_of(rows, each, texts, tuned_arms(folder, each, rows), title, slug) for title, slug, each, rows in groups
     ]
 
 
@@ -79,15 +78,18 @@ def what_it_changes(root: Path, arm: str) -> str:
     return "nothing: the baseline"
 
 
-def tuned_arms(root: Path, experiment: "Experiment", tier: str) -> set[str]:
-    """Arms with the same learning-rate grid (two rates or more) as the first, by the room's learning_rates.csv."""
-    path = root / experiment.name / "learning_rates.csv"
+def tuned_arms(folder: Path, experiment: "Experiment", rows: pd.DataFrame) -> set[str]:
+    """Arms whose rows are all of the rate that learning_rates.csv chose, of two or more of the first arm's grid."""
+    path = folder / "learning_rates.csv"
     if not path.exists():
         return set()
     trials = pd.read_csv(path)
-    grids = {str(arm): set(rows["lr"]) for arm, rows in trials[trials["tier"] == tier].groupby("arm")}
+    here = trials[(trials["tier"] == rows["tier"].iloc[0]) & (trials["data"] == rows["data"].iloc[0])]
+    grids = {str(arm): set(group["lr"]) for arm, group in here.groupby("arm")}
     first = grids.get(experiment.arms[0], set())
-    return {arm for arm, grid in grids.items() if grid == first and len(grid) > 1}
+    chosen = {str(arm): group.loc[group["chosen"], "lr"].item() for arm, group in here.groupby("arm")}
+    trained = {str(arm): set(pd.to_numeric(group["lr"])) for arm, group in rows.groupby("arm")}
+    return {a for a, grid in grids.items() if 2 <= len(grid) and grid <= first and trained.get(a) == {chosen[a]}}
 
 
 def values_of(rows: pd.DataFrame, experiment: "Experiment", column: str) -> Values:

@@ -68,7 +68,7 @@ def test_a_row_holds_protocol_provenance_and_scores(out, tmp_path):
         "reference": "ab12/1797", "extractor": "digits", "solver": "euler", "nfe": "32", "ema": str(Run().optim.ema),
         "fd": "0.33125", "fd_pixel": "0.0428571", "kid": "0.001", "precision": "0.666667", "recall": "0.5",
         "loss": "0.333333", "val_loss": "0.123457", "params": "600000", "macs": "9000000",
-        "images_per_second": "200", "peak_mib": "512.5", "seconds": "240",
+        "images_per_second": "200", "peak_mib": "512.5", "seconds": "240", "lr": str(Run().optim.lr),
     }  # fmt: skip
     floor = rows[2]
     assert (floor["n"], floor["reference"], floor["fd"], floor["seed"]) == ("898", "ab12/898", "0.25", "")
@@ -102,6 +102,19 @@ def test_a_run_made_again_replaces_its_rows(out, tmp_path):
     assert [r["fd"] for r in rows] == ["1.2", "0.23125", "0.25"]
 
 
+def test_an_arm_s_rows_of_another_rate_never_stand_beside_today_s(out, tmp_path, monkeypatch):
+    for seed in (0, 1):
+        make(out, seed=seed)
+    make(out, "conv")
+    gather(runs.from_folders(out), tmp_path / "room")
+    monkeypatch.setitem(ARMS, "baseline", replace(ARMS["baseline"], optim=Optim(lr=1e-5)))
+    make(out)  # seed 0 alone
+    rows = gather(runs.from_folders(out), tmp_path / "room")
+    assert [(r["arm"], r["seed"], r["lr"]) for r in rows if r["nfe"] == "32"] == [
+        ("baseline", "0", "1e-05"), ("conv", "0", str(Run().optim.lr)),
+    ]  # fmt: skip
+
+
 def test_another_budget_replaces_the_old_one_whole(out, tmp_path, capsys, monkeypatch):
     """Rows of the old budget would make every table refuse the room; they go once there is a run of today's."""
     for arm in ("baseline", "conv"):
@@ -114,7 +127,8 @@ def test_another_budget_replaces_the_old_one_whole(out, tmp_path, capsys, monkey
     make(out)
     rows = gather(runs.from_folders(out), tmp_path / "room")
     assert [(r["arm"], r["images"]) for r in rows[::2]] == [("baseline", str(longer)), ("real", "")]
-    assert f"4 rows of another budget ({before_it} images)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 rows of arms as they were before" in said and f"{before_it} images" in said
     points = collect.read(tmp_path / "room/curves.csv", collect.curves.COLUMNS)
     assert {point["signature"] for point in points} == {ARMS["baseline"].signature()}
 

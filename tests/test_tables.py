@@ -125,9 +125,10 @@ def test_the_note_holds_protocol_command_and_power(root):
         assert text in note
 
 
-def test_tuned_arms_are_those_with_the_same_grid(root):
-    fill(root, results())
-    grid = {"baseline": (0.001, 0.002), "good": (0.002, 0.001), "bad": (0.001,)}
+def test_tuned_arms_have_the_first_one_s_grid_and_the_rate_that_it_chose(root):
+    rates = {"baseline": "0.002", "good": "0.002", "bad": "0.002", "alike": "0.001"}
+    fill(root, [row | {"lr": rates.get(row["arm"], "")} for row in results()])
+    grid = {"baseline": (0.001, 0.002), "good": (0.002, 0.001), "bad": (0.002,), "alike": (0.001, 0.002)}
     trials = [(tier, arm, lr) for tier in ("laptop", "hour") for arm, rates in grid.items() for lr in rates]
     lines = [f"{tier},digits,{arm},{lr},{lr == 0.002}" for tier, arm, lr in [*trials, ("hour", "bad", 0.002)]]
     (root / "room/learning_rates.csv").write_text("\n".join(["tier,data,arm,lr,chosen", *lines]))
