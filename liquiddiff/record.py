@@ -226,7 +226,7 @@ def code_version(root: Path) -> tuple[str, str]:
         return ""
 
     new = git("ls-files", "--others", "--exclude-standard", "--", *CODE).splitlines()
-    new = [name for name in new if name.endswith((".py", ".yaml"))]
+    new = [name for name in new if name.endswith((".py", ".yaml", ".c"))]
     diff = ("diff", "--no-ext-diff", "--no-color")
     parts = [git(*diff, "HEAD"), *(git(*diff, "--no-index", "--", "/dev/null", name) for name in new)]
     return git("rev-parse", "HEAD"), "\n".join(filter(None, parts))

@@ -156,9 +156,10 @@ def test_new_files_are_part_of_the_difference(tmp_path):
     assert code_version(tmp_path)[1] == ""
     (tmp_path / "slurm" / "old.py").write_text("a = 2\n\n")
     (tmp_path / "slurm" / "new.yaml").write_text("b: 1\n")
+    (tmp_path / "slurm" / "new.c").write_text("int c;\n")
     (tmp_path / "run.yaml").write_text("no code\n")
     commit, diff = code_version(tmp_path)
-    assert len(commit) == 40 and "+b: 1" in diff and "+a = 2" in diff and "no code" not in diff
+    assert len(commit) == 40 and "+b: 1" in diff and "+int c;" in diff and "+a = 2" in diff and "no code" not in diff
     (tmp_path / "dirty.diff").write_text(diff + "\n")
     git("apply", "--check", "--reverse", "dirty.diff")  # whole
 
