@@ -46,9 +46,16 @@ def load_profile(name: str) -> Profile:
         raise BadInput(f"{path} must be lines of key: value, with minutes: among them")
     for key in values:
         choose(f"key in {path}", key, {f.name for f in fields(Profile)} - {"name"})
+    # These two are the shell's and sbatch's: OmegaConf would take their ${HOME} for a key of the profile.
+    setup, sbatch = values.pop("setup", None) or [], values.pop("sbatch", None) or {}
+    if not isinstance(setup, list) or not all(isinstance(line, str) for line in setup):
+        raise BadInput(f"{path}: setup: must be a list of shell lines, each a text")
+    if not isinstance(sbatch, dict) or not all(isinstance(key, str) for key in sbatch):
+        raise BadInput(f"{path}: sbatch: must be lines of option: value")
     try:
         profile = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Profile(name, 0)), values))
     except OmegaConfBaseException as error:
         raise BadInput(f"{path}: {first_line(error)}") from error
     assert isinstance(profile, Profile)
+    profile.setup, profile.sbatch = setup, sbatch
     return profile

@@ -56,6 +56,25 @@ def test_profiles_hold_known_keys_alone(tmp_path, capsys):
     assert "'soon' of type 'str' could not be converted to Integer" in capsys.readouterr().err
 
 
+def test_a_profiles_shell_variables_stay_as_they_are(tmp_path, capsys):
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        'minutes: 5\nsetup: ["export PATH=${HOME}/bin:${EXTRA:-}$PATH"]\nsbatch: {account: "${ACCOUNT}", nice: 5}\n'
+    )
+    profile = launch.load_profile(str(path))
+    assert profile.setup == ["export PATH=${HOME}/bin:${EXTRA:-}$PATH"] and profile.minutes == 5
+    assert profile.sbatch == {"account": "${ACCOUNT}", "nice": 5}
+    for line, said in {
+        "setup: module load cuda": "a list of shell lines",
+        "setup: [{a: b}]": "a list of shell lines",
+        "sbatch: [--nice]": "lines of option: value",
+        "mem_gb: ${HOME}": "HOME",
+    }.items():
+        path.write_text(f"minutes: 5\n{line}\n")
+        assert launch.main([f"profile={path}", "cluster=local"]) == 2
+        assert said in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
 def test_waiting_survives_a_scheduler_that_does_not_answer(tmp_path, monkeypatch):
     ledger, answers = Ledger(tmp_path), iter(["queued", None, None, "done"])
 
