@@ -104,7 +104,9 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
         same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
         same["reference"] = tags.get("reference")
         facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
-        floor = {key: float(tags[f"floor_{key}"]) for key in FLOOR if f"floor_{key}" in tags}
+        # "None" was written for a score that could not be taken.
+        known = {key: tags[f"floor_{key}"] for key in FLOOR if tags.get(f"floor_{key}", "None") != "None"}
+        floor = {key: float(text) for key, text in known.items()}
         evaluations = [{"nfe": nfe, **same, **row} for nfe, row in sorted(by_nfe.items())]
         found.append(Found(run, tags.get("signature", today), today, facts, evaluations, floor or None))
     return found

@@ -132,7 +132,8 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str, wai
         if record.done:
             floor = next((row for row in rows if row.get("floor")), {})
             facts = record.facts() | {f"floor_{key}": floor[key] for key in floor if key != "floor"}
-            client.log_batch(state["run_id"], tags=[mlflow.entities.RunTag(k, str(v)) for k, v in facts.items()])
+            known = [mlflow.entities.RunTag(k, str(v)) for k, v in facts.items() if v is not None]
+            client.log_batch(state["run_id"], tags=known)
             began, seconds = _started(record), record.facts().get("seconds")
             end = began + round(1000 * seconds) if began and seconds is not None else None
             client.set_terminated(state["run_id"], "FINISHED", end)

@@ -264,6 +264,23 @@ def test_mlflow_is_rebuilt_from_folders_and_gives_the_same_csv(out, tmp_path, ca
     assert gather(runs.from_mlflow(uri), tmp_path / "sql") == gather(runs.from_folders(out), tmp_path / "folders")
 
 
+def test_a_floor_score_that_could_not_be_taken_is_empty(out, tmp_path):
+    from mlflow import MlflowClient
+
+    record, uri = make(out), f"sqlite:///{out}/mlflow.db"
+    path = record.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].replace('"kid": 0.001', '"kid": null')]) + "\n")
+    assert sync.main([f"out={out}"]) == 0
+    rows = gather(runs.from_folders(out), tmp_path / "folders")
+    assert rows[-1]["arm"] == "real" and (rows[-1]["kid"], rows[-1]["fd"]) == ("", "0.25")
+    (run,) = mlflow_runs(uri)
+    assert "floor_kid" not in run.data.tags
+    assert gather(runs.from_mlflow(uri), tmp_path / "sql") == rows
+    MlflowClient(uri).set_tag(run.info.run_id, "floor_kid", "None")  # as older stores have it
+    assert gather(runs.from_mlflow(uri), tmp_path / "old") == rows
+
+
 def test_what_the_mlflow_page_shows(out):
     """Names, tags, a parent for the room, how long a run took, curves against NFE, pictures."""
     from mlflow import MlflowClient
