@@ -96,11 +96,16 @@ def upsampled(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor) -> Tensor:
     do their sum, and four 2x2 kernels on x itself do the same as 3x3 on the doubled, in 4/9 of the products.
     """
     counted = any(not hasattr(mode, "alive") for mode in _get_current_dispatch_mode_stack())  # memory.Live has it
-    if is_literal() or torch.compiler.is_compiling() or counted:  # multiply-adds are told of the literal
+    if is_literal() or torch.compiler.is_compiling() or transformed() or counted:  # multiply-adds are of the literal
         return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight_OC33, bias_O, padding=1)
     kernels = [k for rows in _pairs(weight_OC33, 2) for k in _pairs(rows, 3)]  # (O, C, 2, 2) each
     weight = torch.cat(kernels).contiguous(memory_format=torch.channels_last)
     return _Interleave.apply(F.conv2d(x_BCHW, weight, bias_O.repeat(4), padding=1))
+
+
+def transformed() -> bool:
+    """Tell whether torch.func is at work, which knows neither Functions of the old form nor, mapped, channels-last."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from liquiddiff import fused
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
-from liquiddiff.layers import low_precision, upsampled
+from liquiddiff.layers import low_precision, transformed, upsampled
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 from liquiddiff.relaxation import LAWS
 
@@ -182,7 +182,8 @@ def plainly(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """A step of which only `tensors` are kept: the backward pass computes the rest again, few images at a time."""
     each = max(1, PART // max(1, tensors[0][:1].numel()))
-    parts = zip(*(tensor.split(each) for tensor in tensors), strict=True)
+    whole = [tensor.expand(len(tensors[0]), *tensor.shape[1:]) for tensor in tensors]  # one t may serve all images
+    parts = zip(*(tensor.split(each) for tensor in whole), strict=True)
     done = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.cat(done) if len(done) > 1 else done[0]
 
@@ -251,7 +252,7 @@ class LiquidDiffusionUNet(
         if H % self.stride or W % self.stride:
             raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
         temb = self.time(t_B)
-        if not is_literal():
+        if not (is_literal() or transformed()):
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         lean = self.checkpointing or (H * W >= LARGE and low_precision(x_BCHW) is not None)
         step = again if lean and torch.is_grad_enabled() else plainly

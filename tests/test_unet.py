@@ -6,6 +6,7 @@ from conftest import awake
 
 from liquiddiff import LiquidDiffusionUNet, budget, unet
 from liquiddiff.config import SIZES, Mixer, Model
+from liquiddiff.layers import upsampled
 from liquiddiff.relaxation import LAWS
 from liquiddiff.seeding import initialise
 from liquiddiff.unet import AdaLN, SpatialMix
@@ -153,6 +154,32 @@ def test_large_images_in_mixed_precision_keep_less_and_train_the_same(monkeypatc
     assert found[1].pop() < 0.5 * found[0].pop()
     for a, b in zip(*found, strict=True):  # sums over the batch are rounded to bfloat16, or not
         assert ((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() < 3e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_t_may_serve_all_images(checkpointing, monkeypatch):
+    monkeypatch.setattr(unet, "PART", 1)  # image by image
+    net, x, t = awake(net_of()), torch.randn(3, 1, 8, 8), torch.rand(1)
+    expected = net(x, t.expand(3))
+    net.checkpointing = checkpointing
+    torch.testing.assert_close(net(x, t), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_networks_can_be_mapped_over():
+    net, x, t = awake(net_of()), torch.randn(3, 1, 8, 8), torch.rand(3)
+    mapped = torch.func.vmap(lambda x, t: net(x[None], t[None])[0])(x, t)
+    torch.testing.assert_close(mapped, net(x, t), rtol=1e-4, atol=1e-5)
+
+
+def test_upsampling_is_the_same_mapped_and_differentiated_by_torch_func():
+    x, w, b = torch.randn(3, 2, 4, 4), torch.randn(5, 2, 3, 3), torch.randn(5)
+    one = torch.func.vmap(lambda x: upsampled(x[None], w, b)[0])
+    torch.testing.assert_close(one(x), upsampled(x, w, b), rtol=1e-4, atol=1e-5)
+    plain = w.clone().requires_grad_()
+    upsampled(x, plain, b).square().sum().backward()
+    by_func = torch.func.grad(lambda w: upsampled(x, w, b).square().sum())(w)
+    torch.testing.assert_close(by_func, plain.grad, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("parts", [{}, {"relaxation": "shared"}, {"mixer": Mixer("conv", match="both")}])
