@@ -13,6 +13,7 @@ import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -181,11 +182,16 @@ class Pool:
             process.join()
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM in a worker: after it no run may begin, whatever else goes wrong; see `deferred_interrupt`."""
+    raise KeyboardInterrupt(number)
+
+
 def work(pipe: Connection, experiment: str | None = None) -> None:
     """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt."""
     from experiments.run import compute
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches every process; one signal is enough
     while True:
         try:

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from liquiddiff import distributed
 from liquiddiff.config import BadInput
 
 
@@ -76,11 +78,13 @@ def cores() -> int:
 def deferred_interrupt() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGUSR2 only add to the list that this yields, so that a step is never torn in two.
 
-    Off the main thread, and for a signal that is ignored, nothing changes. An error after a signal is an interruption
-    too: another process of the run may have left already, and if it was an error of its own, the resumed run meets it.
+    Off the main thread, and for a signal that is ignored, nothing changes. An error after a signal stays what it is,
+    with two exceptions, which raise KeyboardInterrupt as without it: a handler of the program's own, which a worker or
+    a scheduler's job must not miss, and several processes, of which another may have left already. If the error was
+    not of that, the resumed run meets it.
     """
     seen: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -88,12 +92,13 @@ def deferred_interrupt() -> Iterator[list[int]]:
     try:
         yield seen
     except Exception as error:
-        if seen:
+        own = any(callable(before[n]) and before[n] is not signal.default_int_handler for n in seen)
+        if own or (seen and distributed.size() > 1):
             raise KeyboardInterrupt(*seen) from error
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for key, handler in before.items():
+            signal.signal(key, handler)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -2,20 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from experiments import compose
+from experiments import compose, grid
 from experiments.run import main
 from liquiddiff import LiquidDiffusionUNet
 from liquiddiff.config import BadInput, Run, from_dict
+from liquiddiff.device import deferred_interrupt
 from liquiddiff.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +180,26 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(small, monkeypatch, capsys)
         "error: No space left on device (metrics.jsonl): nothing is lost; mend it and give the same command again"
     )
     assert main(small) == 0
+
+
+def test_a_worker_that_is_stopped_begins_no_other_run_whatever_goes_wrong(small, monkeypatch):
+    def stopped(*_):
+        with deferred_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("experiments.run.compute", stopped)
+    runs = compose.plan(small)[1]
+    pipe = SimpleNamespace(recv=lambda: runs.pop(), send=lambda _: None)  # once more, and it raises
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "dup2", lambda *_: None)
+            grid.work(pipe)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert not runs
 
 
 def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 from experiments import compose
 from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, trainer
 from liquiddiff.config import BadInput, Model, Optim
+from liquiddiff.device import deferred_interrupt
 from liquiddiff.ema import EMA
 from liquiddiff.record import Record, set_aside
 from liquiddiff.seeding import initialise
@@ -196,6 +197,32 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     assert checkpoint.load(Record(run).folder)["images"] == 96
     assert_same(weights(whole), weights(trainer.train(run)[0]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(EMA, "update", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train(compose.plan(small)[1][0])
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGUSR2, 1)])
+def test_an_error_after_a_signal_is_an_interruption_where_the_run_is_resumed(monkeypatch, number, processes):
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # as a scheduler's job has it
+    monkeypatch.setattr("liquiddiff.distributed.size", lambda: processes)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupt():
+            os.kill(os.getpid(), number)
+            raise OSError(28, "No space left on device")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert caught.value.args == (number,) and isinstance(caught.value.__cause__, OSError)
 
 
 def test_a_finished_run_keeps_its_evaluation(small):
