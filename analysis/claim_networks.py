@@ -48,21 +48,32 @@ def no_attention(evidence: Evidence) -> Verdict:
     return Verdict(HOLDS if control and not found and not strange else FAILS, text)
 
 
-def spatial_mixing(evidence: Evidence) -> Verdict:
-    """Layers of the blocks that are wider than 1x1: are they depthwise, and which are not the multi-scale mix's?"""
+def wide_layers(evidence: Evidence) -> tuple[list[tuple[str, Any, str]], list[str]]:
+    """Layers wider than 1x1: those within blocks as (name, layer, size), and the names of the parts outside."""
     found = [
         (name, layer, f"{layer.kernel_size[0]}x{layer.kernel_size[1]}")
         for name, layer in evidence.networks["tiny"].named_modules()
         if max(getattr(layer, "kernel_size", (1,))) > 1
     ]
     inside = [(BLOCK.sub("", name), layer, size) for name, layer, size in found if BLOCK.match(name)]
-    dense = sorted({f"{name} {size}" for name, layer, size in inside if layer.groups != layer.in_channels})
+    return inside, sorted({name.split(".")[0] for name, _, _ in found if not BLOCK.match(name)})
+
+
+def spatial_mixing(evidence: Evidence) -> Verdict:
+    """Layers of the blocks that mix positions and are not the multi-scale mix's."""
+    inside, _ = wide_layers(evidence)
     mix = sorted({size for name, _, size in inside if "spatial." in name})
     others = sorted({f"{name} {size}" for name, _, size in inside if "spatial." not in name})
-    outside = sorted({name.split(".")[0] for name, _, _ in found if not BLOCK.match(name)})
-    text = f"not depthwise: {', '.join(dense) or 'none'}. The mix has {', '.join(mix)}, but the mixer has its own, "
-    text += f"{', '.join(others) or 'none'}; outside the blocks {', '.join(outside)} are dense"
-    return Verdict(FAILS if dense else HOLDS, text)
+    text = f"the mix has {', '.join(mix)} and a pool; others of a block that mix positions: "
+    return Verdict(FAILS if others else HOLDS, f"{text}{', '.join(others) or 'none'}")
+
+
+def depthwise_mixing(evidence: Evidence) -> Verdict:
+    """Layers of the blocks that are wider than 1x1: are they depthwise?"""
+    inside, outside = wide_layers(evidence)
+    dense = sorted({f"{name} {size}" for name, layer, size in inside if layer.groups != layer.in_channels})
+    text = f"not depthwise: {', '.join(dense) or 'none'}, of {len({name for name, _, _ in inside})} kinds of layers; "
+    return Verdict(FAILS if dense else HOLDS, f"{text}outside the blocks {', '.join(outside)} are dense")
 
 
 def parallel(evidence: Evidence) -> Verdict:

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import pandas as pd
 
 from analysis import stats, tables
-from analysis.claim_networks import closed_form, no_attention, parallel, parameters, spatial_mixing, time_constant
+from analysis.claim_networks import (
+    closed_form,
+    depthwise_mixing,
+    no_attention,
+    parallel,
+    parameters,
+    spatial_mixing,
+    time_constant,
+)
 from analysis.evidence import (
     FAILS,
     HOLDS,
@@ -33,28 +41,30 @@ IMAGES = {"celebahq": 30_000, "afhq": 15_000}
 
 def memory(evidence: Evidence) -> Verdict:
     """What a step of batch 1 needs, and the largest batch that the claim leaves room for."""
+    from analysis.cost_room import largest_batch
+
     words, texts = [], []
     for size, claimed in GB.items():
-        fixed, each = training_gb(evidence, size)
-        words.append(fixed + each <= claimed)
-        fits = max(0, int((claimed - fixed) / each))
-        texts.append(f"{size} {fixed + each:.2f} of {claimed} GB at batch 1, largest batch that fits: {fits}")
+        one, peak, batch = training_gb(evidence, size)
+        words.append(one <= claimed)
+        fits = largest_batch(claimed, one, peak, batch)
+        texts.append(f"{size} {one:.2f} of {claimed} GB at batch 1, largest batch that fits: {fits}")
     return Verdict(HOLDS if all(words) else FAILS, "; ".join(texts))
 
 
 def colab(evidence: Evidence) -> Verdict:
     """Tiny on a T4."""
-    fixed, each = training_gb(evidence, "tiny")
-    text = (
-        f"tiny at batch 8 needs {fixed + 8 * each:.1f} GB; largest batch in 15 GB: {max(0, int((15 - fixed) / each))}"
-    )
-    return Verdict(HOLDS if fixed + 8 * each <= 15 else FAILS, text)
+    from analysis.cost_room import largest_batch
+
+    one, peak, batch = training_gb(evidence, "tiny")
+    text = f"tiny at batch {batch} needs {peak:.1f} GB; largest batch in 15 GB: {largest_batch(15, one, peak, batch)}"
+    return Verdict(HOLDS if peak <= 15 else FAILS, text)
 
 
-def training_gb(evidence: Evidence, size: str) -> tuple[float, float]:
-    """GB of a training step in fp16 at the claimed resolution, without checkpointing: at any batch, and for each image.
+def training_gb(evidence: Evidence, size: str) -> tuple[float, float, int]:
+    """GB of a training step in fp16 at the claimed resolution, without optim.checkpointing: of 1 image and of `batch`.
 
-    At any batch: the state (weights, Adam's moments and EMA, 16 bytes a parameter), gradients and a copy in fp16.
+    Both were counted: some of the peak is there at any batch, so that no part of the one is the other.
     """
     frame = evidence.table("cost/memory.csv", "`python -m analysis.cost estimate`")
     same = (frame["size"] == size) & (frame["side"] == RESOLUTION[size]) & (frame["precision"] == "fp16")
@@ -62,8 +72,7 @@ def training_gb(evidence: Evidence, size: str) -> tuple[float, float]:
     if rows.empty:
         raise Missing(f"{size} at {RESOLUTION[size]} pixels in fp16 in experiments/cost/memory.csv")
     row = rows.iloc[0]
-    fixed = row["state_bytes"] * (16 + 4 + 2) / 16
-    return fixed / 1e9, (row["peak_bytes"] - fixed) / row["batch"] / 1e9
+    return row["peak_bytes_at_1"] / 1e9, row["peak_bytes"] / 1e9, int(row["batch"])
 
 
 def ten_times_faster(evidence: Evidence) -> Verdict:
@@ -213,6 +222,7 @@ RULES: dict[str, Callable[[Evidence], Verdict]] = {
     "colab": colab,
     "no_attention": no_attention,
     "spatial_mixing": spatial_mixing,
+    "depthwise_mixing": depthwise_mixing,
     "multi_scale": arms("spatial_mix", all_worse, "mix_7x7"),
     "attention_not_needed": arms("mixer", none_better, "attention_params", "attention_macs"),
     "more_than_convolution": arms("mixer", all_worse, "conv", "conv_gated"),

@@ -7,6 +7,7 @@ import csv
 import ctypes
 import gc
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -96,15 +97,22 @@ def estimate(bench: Bench, mixers: str, sizes: list[str]) -> None:
         for precision in ("fp32", "fp16") if size in sizes else ():
             for checkpointing in (False, True):
                 model = model_of(size)
-                found = training_memory(model, (3, side, side), batch, precision, checkpointing)
-                # Beside the state there are, at any batch, gradients and in low precision a copy of the weights.
-                fixed = found.state * (1 + (4 + 2 * (precision != "fp32")) / 16)
-                each = (found.peak - fixed) / batch
+                one, found = (training_memory(model, (3, side, side), n, precision, checkpointing) for n in (1, batch))
                 row = {"size": size, "side": side, "precision": precision, "checkpointing": checkpointing}
                 row |= {"batch": batch, "state_bytes": found.state, "saved_bytes": found.saved}
-                row |= {"peak_bytes": found.peak, "largest_batch_in_16_gb": max(0, int((CARD - fixed) / each))}
+                most = largest_batch(CARD, one.peak, found.peak, batch)
+                row |= {"peak_bytes": found.peak, "largest_batch_in_16_gb": most, "peak_bytes_at_1": one.peak}
                 keep(ROOM / "memory.csv", row, ("size", "side", "precision", "checkpointing"))
                 print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def largest_batch(room: float, at_one: float, peak: float, batch: int) -> int:
+    """How many images fit into `room` bytes, by the line through the peaks at 1 image and at `batch`.
+
+    A part of the peak is there at any batch: state, gradients, and what is computed a few images at a time.
+    """
+    each = (peak - at_one) / (batch - 1)
+    return max(0, int(1 + (room - at_one) / each))
 
 
 def keep(path: Path, row: dict[str, Any], key: tuple[str, ...]) -> None:
@@ -131,10 +139,22 @@ def read(path: Path) -> Rows:
 
 def tables(bench: Bench, mixers: str, sizes: list[str]) -> None:
     """Write the tables into the room's README."""
-    page = ROOM / "README.md"
-    text = render.place(page.read_text(), speed_table(read(ROOM / "results.csv")), str(page), "speed")
-    page.write_text(render.place(text, memory_table(read(ROOM / "memory.csv")), str(page), "memory"))
-    print(f"wrote {page}")
+    write_tables(ROOM)
+
+
+def write_tables(room: Path, check: bool = False) -> int:
+    """The same for the folder `room`; `check` writes nothing. Returns 1 where that finds other tables, else 0."""
+    page = room / "README.md"
+    before = page.read_text()
+    text = render.place(before, speed_table(read(room / "results.csv")), str(page), "speed")
+    text = render.place(text, memory_table(read(room / "memory.csv")), str(page), "memory")
+    if check and text != before:
+        print(f"not of today's results: {page}; python -m analysis.cost table", file=sys.stderr)
+        return 1
+    if not check:
+        page.write_text(text)
+        print(f"wrote {page}")
+    return 0
 
 
 def speed_table(rows: Rows) -> str:

@@ -1,7 +1,7 @@
 """What a set costs at the sizes before anyone has measured it: `python slurm/plan.py data=celebahq tier=paper`.
 
     python slurm/plan.py [GRID OPTIONS] [peak=65,312,989] [share=0.15]
-    python slurm/plan.py docs    write the tables of docs/clusters.md
+    python slurm/plan.py docs [--check]    write the tables of docs/clusters.md; --check: exit with 1 where they are old
 
 From multiply-adds alone: an estimate, under the assumption that a card sustains `share` of its `peak` (dense 16-bit
 TFLOP/s; a T4's, an A100's, an H100's). Measure r images a second on your own card and training takes I / r instead.
@@ -41,8 +41,8 @@ def table(overrides: list[str], peaks: list[float], share: float) -> str:
     return "\n".join(lines)
 
 
-def write() -> None:
-    """The page's tables."""
+def write(check: bool) -> int:
+    """The page's tables; `check` writes nothing. Returns 1 where that finds others, else 0."""
     from analysis import cost_room, render
 
     tables = {
@@ -50,11 +50,16 @@ def write() -> None:
         "hour": table(["tier=hour"], list(CARDS), SHARE),
         "celebahq": table(["tier=paper"], list(CARDS), SHARE),
     }
-    text = PAGE.read_text()
+    text = before = PAGE.read_text()
     for name, content in tables.items():
         text = render.place(text, content, str(PAGE), name)
-    PAGE.write_text(text)
-    print(f"wrote {PAGE}")
+    if check and text != before:
+        print(f"not of today's counts: {PAGE}; python slurm/plan.py docs", file=sys.stderr)
+        return 1
+    if not check:
+        PAGE.write_text(text)
+        print(f"wrote {PAGE}")
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -62,9 +67,8 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return 0
-    if argv == ["docs"]:
-        write()
-        return 0
+    if argv in (["docs"], ["docs", "--check"]):
+        return write("--check" in argv)
     options = {"peak": ",".join(f"{peak:g}" for peak in CARDS), "share": str(SHARE)}
     given = [a for a in argv if a.partition("=")[0] in options]
     options |= dict(a.split("=", 1) for a in given)

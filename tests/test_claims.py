@@ -69,7 +69,10 @@ def memory(root, gb):
     """A memory.csv in which every size needs `gb` GB at batch 1, of which 1 GB is there at any batch."""
     rows = [
         {"size": size, "side": side, "batch": 8, "precision": precision, "checkpointing": again}
-        | {"state_bytes": 1e9 * 16 / 22, "peak_bytes": 1e9 + 8e9 * (gb - 1) * (0.1 if again else 1)}
+        | {
+            key: 1e9 + n * 1e9 * (gb - 1) * (0.1 if again else 1)
+            for key, n in (("peak_bytes_at_1", 1), ("peak_bytes", 8))
+        }
         for size, side in [("tiny", 64), *claim_rules.RESOLUTION.items()]
         for precision in ("fp16", "fp32")
         for again in (False, True)
@@ -198,9 +201,14 @@ def test_counts_and_traces(monkeypatch):
     evidence = Evidence(cli.ROOMS)
     assert RULES["parameters"](evidence).word == RULES["no_attention"](evidence).word == HOLDS
     assert RULES["parallel"](evidence).word == HOLDS
+    mixing, net = RULES["spatial_mixing"](evidence), evidence.networks["tiny"]
+    assert mixing.word == FAILS and "mixer.context 7x7, mixer.g.0 3x3, mixer.h.0 3x3" in mixing.numbers
+    assert RULES["depthwise_mixing"](evidence).word == HOLDS
+    for block in [module for module in net.modules() if hasattr(module, "mixer")]:
+        block.mixer = torch.nn.Conv2d(64, 64, 1, device="meta")
     assert RULES["spatial_mixing"](evidence).word == HOLDS
-    evidence.networks["tiny"].encoder[0][0].mixer.context = torch.nn.Conv2d(64, 64, 7, device="meta")
-    assert RULES["spatial_mixing"](evidence).word == FAILS
+    net.encoder[0][0].mixer = torch.nn.Conv2d(64, 64, 7, device="meta")
+    assert RULES["spatial_mixing"](evidence).word == RULES["depthwise_mixing"](evidence).word == FAILS
     monkeypatch.setitem(claim_networks.PARAMETERS, "base", 40e6)
     assert RULES["parameters"](evidence).word == FAILS
     monkeypatch.setattr(claim_networks, "operators", lambda mixer, side=16: ["aten.bmm"] * side)

@@ -1,8 +1,11 @@
 """What a step costs is counted as it is: memory found on the meta device against a real step."""
 
+import shutil
+
 import pytest
 import torch
 
+from analysis.cost_room import CARD, CLAIMS, ROOM, largest_batch, read, write_tables
 from liquiddiff import budget
 from liquiddiff.config import BadInput, Model
 from liquiddiff.memory import autocast, training_memory
@@ -49,6 +52,33 @@ def test_memory_grows_with_the_batch_and_shrinks_with_precision_and_checkpointin
     assert again.saved < 0.4 * half.saved and again.peak < half.peak
     with pytest.raises(BadInput, match="unknown precision 'fp8'"):
         training_memory(MODEL, SHAPE, BATCH, "fp8")
+
+
+def test_the_largest_batch_is_on_the_line_through_two_counts():
+    assert largest_batch(16, 2, 9, 8) == 15  # 1 at any batch, 1 an image
+    assert largest_batch(1.9, 2, 9, 8) == largest_batch(0.5, 2, 9, 8) == 0
+    one, eight, four = (training_memory(MODEL, SHAPE, n, "fp16").peak for n in (1, 8, 4))
+    assert largest_batch(1.01 * four, one, eight, 8) == 4
+    assert one > 1.1 * eight / 8
+
+
+def test_every_size_has_its_peak_at_batch_1():
+    for row in (rows := read(ROOM / "memory.csv")):
+        one, peak, batch = (int(row[key]) for key in ("peak_bytes_at_1", "peak_bytes", "batch"))
+        assert peak / batch < one < peak
+        assert int(row["largest_batch_in_16_gb"]) == largest_batch(CARD, one, peak, batch)
+    assert len(rows) == 4 * (1 + len(CLAIMS))
+
+
+def test_the_rooms_tables_are_checked(tmp_path, capsys):
+    for name in ("README.md", "results.csv", "memory.csv"):
+        shutil.copy(ROOM / name, tmp_path)
+    assert write_tables(tmp_path) == write_tables(tmp_path, check=True) == 0
+    path = tmp_path / "memory.csv"
+    path.write_text(path.read_text().replace("tiny,64,fp32", "tiny,65,fp32"))
+    before = (tmp_path / "README.md").read_text()
+    assert write_tables(tmp_path, check=True) == 1
+    assert "not of today's results" in capsys.readouterr().err and (tmp_path / "README.md").read_text() == before
 
 
 def test_autocast_on_the_meta_device_leaves_functions_as_they_were():

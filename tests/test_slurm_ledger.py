@@ -17,7 +17,7 @@ import yaml
 from experiments import compose
 from liquiddiff.config import BadInput
 from liquiddiff.record import Record, code_version
-from slurm import launch
+from slurm import launch, plan
 from slurm.job import state_path
 from slurm.ledger import Ledger, State, Submission, progress
 
@@ -73,6 +73,16 @@ def test_a_profiles_shell_variables_stay_as_they_are(tmp_path, capsys):
         path.write_text(f"minutes: 5\n{line}\n")
         assert launch.main([f"profile={path}", "cluster=local"]) == 2
         assert said in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_the_page_on_clusters_holds_todays_tables(tmp_path, monkeypatch, capsys):
+    assert plan.main(["docs", "--check"]) == 0
+    monkeypatch.setattr(plan, "PAGE", tmp_path / "page.md")
+    whole = (Path(__file__).parents[1] / "docs/clusters.md").read_text()
+    plan.PAGE.write_text(old := whole.replace("| tiny 64x64 | fp32 |", "| tiny 64x64 | fp33 |"))
+    assert plan.main(["docs", "--check"]) == 1 and plan.PAGE.read_text() == old != whole
+    assert "not of today's counts" in capsys.readouterr().err
+    assert plan.main(["docs"]) == 0 and plan.PAGE.read_text() == whole
 
 
 def test_waiting_survives_a_scheduler_that_does_not_answer(tmp_path, monkeypatch):
