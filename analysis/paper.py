@@ -24,10 +24,10 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
     for path in sorted(root.glob("*/dynamics.csv")):
         with contextlib.redirect_stdout(io.StringIO()):  # its tables stand in the claims page
             failed += dynamics.main([f"experiment={path.parent.name}", *check], root)
-    if not flags and (root / "cost/results.csv").exists():
-        from analysis import cost
+    if (root / "cost/results.csv").exists():
+        from analysis import cost_room
 
-        failed += cost.main(["table"])
+        failed += cost_room.write_tables(root / "cost", bool(flags))
     failed += claims.main(check, root)
     return 1 if failed else report.main(check, root)
 

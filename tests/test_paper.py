@@ -1,6 +1,7 @@
 """paper/report.html: it holds what the results say, stands alone, and is the same bytes again."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from test_tables import fill, make_room, results
 
-from analysis import claims, paper, report
+from analysis import claims, cli, paper, report
 from analysis.dynamics import COLUMNS
 from liquiddiff.config import BadInput
 
@@ -124,6 +125,15 @@ def test_make_paper_makes_everything_and_the_second_time_the_same(root, capsys, 
     assert paper.main([], root) == 0
     assert {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()} == made
     assert paper.main(["--check"], root) == 0
+    (root / "cost").mkdir()
+    for name in ("README.md", "results.csv", "memory.csv"):
+        shutil.copy(cli.ROOMS / "cost" / name, root / "cost")
+    page = root / "cost/README.md"
+    page.write_text(old := page.read_text().replace("| tiny 64x64 | fp32 |", "| tiny 64x64 | fp33 |"))
+    capsys.readouterr()
+    assert paper.main(["--check"], root) == 1 and page.read_text() == old
+    assert f"not of today's results: {page}" in capsys.readouterr().err
+    assert paper.main([], root) == 0 and "fp33" not in page.read_text()
 
 
 def test_the_committed_page_is_of_the_committed_results():
