@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import math
@@ -89,7 +90,7 @@ class Record:
 
     def provenance(self, device: str, precision: str, fingerprint: str, **more: Any) -> None:
         """Write env.json: where, with what and on which data this run was computed."""
-        commit, diff = code_version(Path(__file__).resolve().parents[1])
+        commit, diff = own_code()
         if diff:
             write_atomic(self.folder / "dirty.diff", diff + "\n")
         else:
@@ -208,6 +209,12 @@ class Follower(Record):
 
     def finish(self, **totals: float) -> None:
         """Process 0 does."""
+
+
+@functools.cache
+def own_code() -> tuple[str, str]:
+    """`code_version` of this process, asked once: a worker keeps what it has loaded while the checkout moves on."""
+    return code_version(Path(__file__).resolve().parents[1])
 
 
 def code_version(root: Path) -> tuple[str, str]:

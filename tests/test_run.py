@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments import compose, grid
 from experiments.run import main
-from liquiddiff import LiquidDiffusionUNet
+from liquiddiff import LiquidDiffusionUNet, record
 from liquiddiff.config import BadInput, Run, from_dict
 from liquiddiff.device import deferred_interrupt
 from liquiddiff.record import Record
@@ -249,6 +249,14 @@ def test_mlflow_that_cannot_be_reached_costs_one_line(small, tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert main([*small, "optim.images=96"]) == 0
     assert "was not updated" in capsys.readouterr().err
+
+
+def test_a_process_names_the_code_that_it_loaded(monkeypatch):
+    versions = iter([("a" * 40, ""), ("b" * 40, "")])  # the checkout moves on
+    monkeypatch.setattr(record, "code_version", lambda root: next(versions))
+    record.own_code.cache_clear()
+    assert record.own_code() == record.own_code() == ("a" * 40, "")
+    record.own_code.cache_clear()
 
 
 def test_interrupted_then_resumed_from_the_command_line(small, tmp_path):
