@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,13 @@ def test_a_grid_survives_failing_and_dying_runs_skips_and_resumes(small, monkeyp
 def test_ctrl_c_leaves_a_grid_resumable(small, tmp_path):
     command = [sys.executable, str(Path(__file__).parents[1] / "experiments" / "run.py"), *small]
     command += ["optim.images=64000", "seed=0,1", "jobs=2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) < 2:
         time.sleep(0.05)

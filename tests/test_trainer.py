@@ -182,7 +182,7 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     overrides = [*small, "optim.images=320", "eval.val_every=320"]
     whole = trainer.train(compose.plan([*overrides, f"out={tmp_path}/whole"])[1][0])[0]
     run = compose.plan(overrides)[1][0]
-    real = EMA.update
+    real, handler = EMA.update, signal.getsignal(signal.SIGINT)
 
     def interrupted(ema, net, images, batch):
         if images == 96:
@@ -196,7 +196,7 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
             trainer.train(run)
     assert checkpoint.load(Record(run).folder)["images"] == 96
     assert_same(weights(whole), weights(trainer.train(run)[0]))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
