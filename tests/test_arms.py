@@ -110,7 +110,8 @@ def test_every_room_at_once_runs_shared_arms_once():
     runs = compose.plan(["experiment=all"])[1]
     names = [run.name for run in runs]
     assert len(names) == len(set(names))
-    assert sum(run.arm == "baseline" for run in runs) == len({run.seed for run in runs if run.arm == "baseline"})
+    baseline = [(run.optim.lr, run.seed) for run in runs if run.arm == "baseline"]  # a room may have tuned its rate
+    assert len(baseline) == len(set(baseline)) < 3 * len(rooms())
 
 
 def test_a_grid_survives_failing_and_dying_runs_skips_and_resumes(small, monkeypatch, capsys):
