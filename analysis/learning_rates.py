@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "learning_rates.csv"
 KEY = ["tier", "data", "arm", "lr", "seed"]
-TIE = 1e-3  # of val_loss: what a seed moves it by, so that one seed tells no rates apart that are nearer
+TIE = 1e-3  # of val_loss, which a seed moves by 0.0005 to 0.003: one seed tells no rates apart that are nearer
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
