@@ -9,17 +9,8 @@
  *
  * The order of every sum is fixed, and work is cut in a way that changes no sum: the same bits at any number of threads,
  * and image i is the same in any batch. */
-#include <stddef.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#ifndef VL
-#ifdef __AVX512F__
-#define VL 16
-#else
-#define VL 8
-#endif
-#endif
 #define R (K / 2)
 #define ROWS (K == 3 ? 3 : 1) /* kernel rows per pass of the weight gradient: 3 sums alone would wait for each other */
 #define TERMS 1024            /* positions per running sum of the weight gradient, and per piece of work */
@@ -27,17 +18,6 @@
 #define BAND 32               /* positions per visit of the weight gradient to its sums */
 #define FAR (64 * 1024)       /* an image of more bytes than this is prefetched a row ahead */
 
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef ptrdiff_t idx;
-
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
-#define LOAD(p) (*(const vec *)(p))
-#define STORE(p, v) (*(vec *)(p) = (v))
 #define CHANNEL(k, C) ((k) * VL + VL <= (C) ? (k) * VL : (C) - VL) /* the last block overlaps: the same values twice */
 
 enum { EDGE, WHOLE }; /* a tile that asks which inputs exist (lo <= p < hi); a tile that is the whole row */
@@ -152,9 +132,6 @@ typedef struct {
     idx B, H, W, C, blocks, chunk, chunks, group, groups, next;
 } job_t;
 
-/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
-
 static void worker(void *data) {
     job_t *j = data;
     for (idx n; (n = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->chunks * j->groups;) {
@@ -180,15 +157,8 @@ static void cut(job_t *j, idx threads) {
     j->groups = (j->blocks + j->group - 1) / j->group;
 }
 
-static void run(job_t *j, parallel_t parallel, idx threads) {
-    if (threads > j->chunks * j->groups) threads = j->chunks * j->groups;
-    if (threads > 1 && parallel) parallel(worker, j, (unsigned)threads, 0);
-    else worker(j);
-}
-
-static float *floats(idx n) {
-    void *p = NULL;
-    return posix_memalign(&p, 64, (n ? n : 1) * sizeof(float)) ? NULL : p;
+static void run(job_t *j, void *parallel, idx threads) {
+    side_by_side(worker, j, parallel, threads > j->chunks * j->groups ? j->chunks * j->groups : threads);
 }
 
 static float *pack(const float *w, idx C, int flip) { /* (C, K * K) -> (blocks, K * K, VL) */
@@ -209,7 +179,7 @@ int dw_forward(const float *x, const float *w, const float *bias, float *y, idx 
     job_t j = {.x = x, .w = packed, .bias = bias, .y = y, .B = B, .H = H, .W = W, .C = C};
     if (!packed) return 1;
     cut(&j, threads);
-    run(&j, (parallel_t)parallel, threads);
+    run(&j, parallel, threads);
     free(packed);
     return 0;
 }
@@ -225,7 +195,7 @@ int dw_backward(const float *g, const float *x, const float *w, float *dx, float
     const int failed = (dx && !packed) || ((dw || db) && !sums);
     if (sums) memset(sums, 0, size * j.chunks * sizeof(float));
     j.w = packed, j.sums = sums;
-    if (!failed) run(&j, (parallel_t)parallel, threads);
+    if (!failed) run(&j, parallel, threads);
     for (idx n = 1; sums && n < j.chunks; n++)
         for (idx i = 0; i < size; i++) sums[i] += sums[n * size + i];
     for (idx k = 0; sums && k < j.blocks; k++)

@@ -3,25 +3,9 @@
  * A tensor is (B, P, C): B images of P = H * W positions; a (B, C) argument is one row per image. Work is cut into
  * pieces of at most `piece` positions of one image. A sum over positions is kept per piece, (B, pieces, sums, C), and
  * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. */
-#include <math.h>
-#include <stddef.h>
-#include <string.h>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
-#ifdef __AVX512F__
-#define VL 16
-#else
-#define VL 8
-#endif
 #define SMALL (16 * 1024) /* fewer elements than this are not worth a second thread */
-
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef int ivec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef ptrdiff_t idx;
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* BODY sees c, the first channel, and n, the number of them: a constant VL but for the last few. */
 #define CHANNELS(...)                                              \
@@ -31,62 +15,12 @@ typedef ptrdiff_t idx;
         if (c < C) { const idx n = C - c; __VA_ARGS__ }            \
     }
 
-INLINE vec load(const float *p, idx n) { /* zero past the end */
-    if (n == VL) return *(const vec *)p;
-    float v[VL] = {0};
-    for (idx i = 0; i < n; i++) v[i] = p[i];
-    return *(const vec *)v;
-}
-
-INLINE void store(float *p, vec v, idx n) {
-    if (n == VL) *(vec *)p = v;
-    else for (idx i = 0; i < n; i++) p[i] = ((const float *)&v)[i];
-}
-
-INLINE void add(float *p, vec v, idx n) { store(p, load(p, n) + v, n); }
-
 INLINE vec existing(vec v, idx n) { /* zero past the end */
     for (idx i = n; i < VL; i++) v[i] = 0;
     return v;
 }
 
-INLINE float total(vec v) {
-#if defined __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#elif defined __AVX__
-    const __m256 w = (__m256)v;
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-#else
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#endif
-}
-
-INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
-
-/* exp, within 2 ulp where the result is a normal number: 2^n times a polynomial (Cephes' expf) of the remainder. */
-INLINE vec exponential(vec x) {
-    const vec zero = {0}, top = zero + 88.0f, bottom = zero - 87.0f;
-    const vec z = choose(x > top, top, choose(x < bottom, bottom, x));
-    const vec shifted = z * 1.44269504088896341f + 12582912.0f; /* the nearest integer is in the low bits */
-    const vec n = shifted - 12582912.0f;
-    const vec r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return choose(x == x, (vec)((ivec)p + ((ivec)shifted << 23)), x); /* NaN stays NaN */
-}
-
-INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
-
 /* --- a job: the same function on every piece ------------------------------------------------------------------*/
-
-/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
 
 typedef struct job {
     const float *in[5], *row[3]; /* (B, P, C) and (B, C) */
@@ -111,8 +45,7 @@ static void worker(void *data) {
 static void run(job_t *j, void *parallel, idx threads) {
     j->pieces = (j->P + j->piece - 1) / j->piece;
     if (threads > j->B * j->pieces) threads = j->B * j->pieces;
-    if (threads > 1 && parallel && j->B * j->P * j->C >= SMALL) ((parallel_t)parallel)(worker, j, (unsigned)threads, 0);
-    else worker(j);
+    side_by_side(worker, j, parallel, j->B * j->P * j->C >= SMALL ? threads : 1);
     const idx size = j->kinds * j->C;
     for (idx b = 0; j->sums && b < j->B; b++)
         for (idx k = 1; k < j->pieces; k++)

@@ -1,8 +1,8 @@
 """C kernels beside torch: compiled on first use, kept, loaded, and run on torch's own threads.
 
-A kernel is one plain C file beside this one. The system's compiler makes a shared library of it under
-`~/.cache/liquiddiff`, named by what it depends on (source, flags, compiler, processor). Without a compiler, torch does
-the work.
+A kernel is one plain C file beside this one, and lanes.h what they share. The system's compiler makes a shared library
+of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor). Without a
+compiler, torch does the work.
 """
 
 import ctypes
@@ -38,7 +38,8 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
 def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
     source = Path(__file__).with_name(f"{name}.c")
     compiler = os.environ.get("CC", "")
-    key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _cpu())).encode()).hexdigest()[:20]
+    shared = source.with_name("lanes.h").read_bytes()
+    key = hashlib.sha256(repr((source.read_bytes(), shared, flags, compiler, _cpu())).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
     target = cache / f"{name}-{key}.so"
     with suppress(OSError):  # missing, or damaged: build it

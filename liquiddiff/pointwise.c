@@ -5,32 +5,13 @@
  * at the end overlap those before: the same values twice.
  *
  * N is cut into chunks by the shape alone, and their sums are added in order: the same bits at any number of threads. */
-#include <stddef.h>
-#include <stdlib.h>
-#include <string.h>
+#include "lanes.h"
 
-#ifdef __AVX512F__
-#define VL 16
-#define ROWS 8
-#else
-#define VL 8
-#define ROWS 4
-#endif
+#define ROWS (VL / 2)
 #define COLUMNS (2 * VL)
 #define BLOCK 64       /* positions */
 #define CHUNK 512      /* positions at least */
 #define MAX_CHUNKS 32
-
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef ptrdiff_t idx;
-
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define LOAD(p) (*(const vec *)(p))
-#define STORE(p, v) (*(vec *)(p) = (v))
 
 typedef struct {
     const float *g, *x;
@@ -76,9 +57,6 @@ static void worker(void *data) {
 int pw_rows(void) { return ROWS; }       /* the least O */
 int pw_columns(void) { return COLUMNS; } /* the least C */
 
-/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
-
 /* db may be NULL. Returns 0, or 1 when out of memory. */
 int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx N, idx O, idx C, void *parallel,
                        idx threads) {
@@ -88,12 +66,9 @@ int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx
     j.chunk = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
     if (j.chunk < CHUNK) j.chunk = CHUNK;
     j.chunks = (N + j.chunk - 1) / j.chunk;
-    void *p = NULL;
-    if (posix_memalign(&p, 64, j.size * j.chunks * sizeof(float))) return 1;
-    j.sums = p;
-    if (threads > j.chunks) threads = j.chunks;
-    if (threads > 1 && parallel) ((parallel_t)parallel)(worker, &j, (unsigned)threads, 0);
-    else worker(&j);
+    j.sums = floats(j.size * j.chunks);
+    if (!j.sums) return 1;
+    side_by_side(worker, &j, parallel, threads > j.chunks ? j.chunks : threads);
     for (idx k = 1; k < j.chunks; k++)
         for (idx i = 0; i < j.size; i++) j.sums[i] += j.sums[k * j.size + i];
     const float *at = j.sums;
@@ -102,6 +77,6 @@ int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx
             for (idx i = 0; i < ROWS; i++, at += COLUMNS)
                 memcpy(dw + (start(r, ROWS, O) + i) * C + start(c, COLUMNS, C), at, COLUMNS * sizeof(float));
     if (db) memcpy(db, at, O * sizeof(float));
-    free(p);
+    free(j.sums);
     return 0;
 }

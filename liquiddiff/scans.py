@@ -4,20 +4,15 @@ Shapes: B batch, C channels, H W space, L = H * W steps, M inner width, N states
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from liquiddiff.config import Mixer
 from liquiddiff.depthwise import DepthwiseConv2d
 from liquiddiff.layers import Pointwise, Slot, full, full_precision, to_image, to_tokens
-
-SLICE = 2**20  # states that a CPU scans at a time
+from liquiddiff.selective_scan import selective_scan
 
 
 class SSM(nn.Module):
@@ -139,8 +134,7 @@ class Mamba(nn.Module):
         rank, B, C = torch.stack([along(k, s) for k, s in enumerate(selected)], dim=1).split(self.sizes, dim=3)
         with full_precision(u_BMHW):
             dt_BKLM = F.softplus(full(rank) @ self.dt_weight + self.dt_bias[:, None])
-            scan = (kernel() if u_BMHW.is_cuda else None) or selective_scan
-            y_BKLM = scan(full(u_BKLM), dt_BKLM, -self.log_A.exp(), full(B), full(C), self.D)
+            y_BKLM = selective_scan(full(u_BKLM), dt_BKLM, -self.log_A.exp(), full(B), full(C), self.D)
         y_BMHW = sum(back(k, y_BKLM[:, k], H, W) for k in range(self.directions)) / self.directions
         return self.contract(y_BMHW * F.silu(z_BMHW))
 
@@ -160,93 +154,3 @@ def back(k: int, y_BLM: Tensor, H: int, W: int) -> Tensor:
     """The inverse of `along`."""
     sequence = y_BLM.flip(1) if k % 2 else y_BLM
     return to_image(sequence, H, W) if k < 2 else to_image(sequence, W, H).transpose(2, 3)
-
-
-def selective_scan(
-    u_BKLM: Tensor, dt_BKLM: Tensor, A_KMN: Tensor, B_BKLN: Tensor, C_BKLN: Tensor, D_KM: Tensor
-) -> Tensor:
-    """S in plain PyTorch, y_BKLM."""
-    if u_BKLM.device.type == "cpu":  # in slices of a few MB, whose memory is used again: half the time
-        count = max(1, SLICE // (u_BKLM[0].numel() * A_KMN.shape[2]))
-        slices = zip(*(z.split(count) for z in (u_BKLM, dt_BKLM, B_BKLN, C_BKLN)), strict=True)
-        return torch.cat([_scan_slice(u, dt, A_KMN, B, C, D_KM) for u, dt, B, C in slices])
-    return _scan_slice(u_BKLM, dt_BKLM, A_KMN, B_BKLN, C_BKLN, D_KM)
-
-
-def _scan_slice(u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor) -> Tensor:
-    decay = (dt[..., None] * A_KMN[:, None]).exp_()  # (B, K, L, M, N), Eq. 4
-    drive = (dt * u)[..., None] * B[..., None, :]
-    h = LinearScan.apply(decay, drive)  # Eq. 2a
-    return (h @ C[..., None])[..., 0] + D_KM[:, None] * u  # Eq. 2b
-
-
-class LinearScan(torch.autograd.Function):
-    """h_l = decay_l h_{l-1} + drive_l along dimension 2 (h_0 = drive_0); its gradient is the same scan from the end."""
-
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, drive: Tensor) -> Tensor:
-        """See the class."""
-        h = scan_(decay, drive.clone())
-        ctx.save_for_backward(decay, h)
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """g_l = grad_l + decay_{l+1} g_{l+1}; d decay_l = g_l h_{l-1}; d drive_l = g_l."""
-        decay, h = ctx.saved_tensors
-        ahead = torch.cat([decay[:, :, 1:], torch.zeros_like(decay[:, :, :1])], dim=2)
-        g = scan_(ahead.flip(2), grad.flip(2)).flip(2)
-        d_decay = torch.zeros_like(g)
-        torch.mul(g[:, :, 1:], h[:, :, :-1], out=d_decay[:, :, 1:])
-        return d_decay, g
-
-
-def scan_(decay: Tensor, h: Tensor) -> Tensor:
-    """The scan, in place: `h` holds the drives and becomes the states.
-
-    A CPU takes one step after the other. A GPU would wait for L launches, so it takes about 2 sqrt(L): all chunks side
-    by side, then each adds what the one before it carries over. That is exact and never divides, unlike a cumulative
-    sum of drive / prod(decay).
-    """
-    L = decay.shape[2]
-    if decay.is_meta:
-        return h
-    S = L if stepwise(h) else divisor(L)
-    a, h_GS = decay.unflatten(2, (-1, S)), h.unflatten(2, (-1, S))
-    for s in range(1, S):
-        h_GS[:, :, :, s].addcmul_(a[:, :, :, s], h_GS[:, :, :, s - 1])
-    if S < L:
-        kept = a.cumprod(3)  # what a state at the chunk's start keeps until s
-        for chunk in range(1, L // S):
-            h_GS[:, :, chunk].addcmul_(kept[:, :, chunk], h_GS[:, :, chunk - 1, -1:])
-    return h
-
-
-def stepwise(h: Tensor) -> bool:
-    """Whether a step is cheap to start."""
-    return h.device.type == "cpu"
-
-
-def divisor(L: int) -> int:
-    """The largest divisor of L up to its square root."""
-    return next(s for s in range(math.isqrt(L), 0, -1) if L % s == 0)
-
-
-@cache
-def kernel() -> Callable[..., Tensor] | None:
-    """The fused CUDA scan of the package `mamba_ssm` in `selective_scan`'s terms; None where it is not installed."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
-        return None
-
-    def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        K, M = D.shape
-        rows = (z.transpose(2, 3).flatten(1, 2).contiguous() for z in (u, dt))  # (B, K M, L)
-        groups = (z.transpose(2, 3).contiguous() for z in (B, C))  # (B, K, N, L): a group of channels a direction
-        u_, dt_ = rows
-        y = selective_scan_fn(u_, dt_, A.flatten(0, 1), *groups, D.flatten())
-        return y.unflatten(1, (K, M)).transpose(2, 3)
-
-    return scan

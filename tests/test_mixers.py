@@ -1,6 +1,7 @@
 """Mixers: each against a reference from outside, none sees another sample, all cost what the baseline costs."""
 
 import math
+import shutil
 import sys
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liquiddiff import budget, layers, scans
+from liquiddiff import budget, layers, scans, selective_scan
 from liquiddiff.config import SIZES, BadInput, Mixer, Model
 from liquiddiff.mixers import MIXERS, Slot
 from liquiddiff.seeding import initialise
@@ -369,9 +370,9 @@ def test_ssm_convolution_is_its_recurrence(L):
     torch.testing.assert_close(mixer.convolve(u), expected)
 
 
-def selective_inputs(L, seed=0):
+def selective_inputs(L, seed=0, sizes=(2, 4, 0, 3, 5)):
     noise = torch.Generator().manual_seed(seed)
-    B, K, M, N = 2, 4, 3, 5
+    B, K, _, M, N = sizes
     u, dt = torch.randn(2, B, K, L, M, dtype=torch.float64, generator=noise)
     b, c = torch.randn(2, B, K, L, N, dtype=torch.float64, generator=noise)
     A, D = torch.rand(K, M, N, dtype=torch.float64, generator=noise), torch.ones(K, M, dtype=torch.float64)
@@ -390,9 +391,9 @@ def stepwise(u, dt, A, B, C, D):
 @pytest.mark.parametrize("chunks", [False, True])
 def test_selective_scan_is_its_recurrence_with_gradients(L, chunks, monkeypatch):
     if chunks:  # what a GPU does
-        monkeypatch.setattr(scans, "stepwise", lambda h: False)
+        monkeypatch.setattr(selective_scan, "stepwise", lambda h: False)
     args = selective_inputs(L)
-    y, expected = scans.selective_scan(*args), stepwise(*args)
+    y, expected = selective_scan.selective_scan(*args), stepwise(*args)
     torch.testing.assert_close(y, expected)
     weights = torch.randn_like(y)
     mine, theirs = (torch.autograd.grad((z * weights).sum(), args) for z in (y, expected))
@@ -400,11 +401,30 @@ def test_selective_scan_is_its_recurrence_with_gradients(L, chunks, monkeypatch)
         torch.testing.assert_close(a, b)
 
 
-def test_selective_scan_in_slices_is_the_same(monkeypatch):
-    args = selective_inputs(9)
-    whole = scans.selective_scan(*args)
-    monkeypatch.setattr(scans, "SLICE", 1)
-    torch.testing.assert_close(scans.selective_scan(*args), whole, rtol=0, atol=0)
+@pytest.mark.parametrize("shape", [(2, 4, 64, 37, 8), (1, 2, 1, 16, 8), (3, 1, 9, 3, 5)], ids=str)
+def test_the_compiled_scan_is_the_plain_one(shape):
+    """By the same bound as every fast path: 1e-5 of float64, outputs and gradients; the same bits on any threads."""
+    exact = selective_inputs(shape[2], sizes=shape)
+    args = [z.detach().float().requires_grad_() for z in exact]
+    if shutil.which("cc"):
+        assert selective_scan.selective_scan(*args).grad_fn.name() == "_ScanBackward"
+    weights = torch.randn(shape[:4], dtype=torch.float64)
+
+    def results(scan, args):
+        y = scan(*args)
+        return [y, *torch.autograd.grad((y * weights.to(y.dtype)).sum(), args)]
+
+    mine = results(selective_scan.selective_scan, args)
+    for a, b in zip(mine, results(selective_scan.plain_scan, exact), strict=True):
+        assert a.shape == b.shape and (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, mine, results(selective_scan.selective_scan, args)))
+    finally:
+        torch.set_num_threads(before)
+    strided = [z.transpose(-1, -2).contiguous().transpose(-1, -2) for z in args]
+    assert torch.equal(mine[0], selective_scan.selective_scan(*strided))
 
 
 def test_mamba_scans_all_four_ways():
