@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
-from liquiddiff.depthwise import is_literal
+from liquiddiff.depthwise import depthwise, is_literal, silu_of
 from liquiddiff.layers import full, full_precision, low_precision
 
-__all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
+__all__ = ["adaln", "adaln_mean", "backend", "depthwise_silu", "gate_blend", "relax_add", "silu"]
 
 LARGE = 2**22  # elements; see _parts
 PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
@@ -82,6 +82,15 @@ def silu(x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
     if shift_BC is None:
         return F.silu(x_BCHW)
     return _lean(lambda x, shift: F.silu(x + _image(shift)), x_BCHW, shift_BC)
+
+
+def depthwise_silu(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC: Tensor | None = None) -> Tensor:
+    """SiLU(depthwise convolution + shift), (B, C, H, W)."""
+    done = silu_of(x_BCHW, weight_C1kk, bias_C, shift_BC)
+    if done is not None:
+        return done
+    y = depthwise(x_BCHW, weight_C1kk, bias_C)
+    return F.silu(y) if shift_BC is None else silu(y, shift_BC)
 
 
 def backend() -> str:

@@ -31,12 +31,13 @@ class Slot(NamedTuple):
 class Pointwise(nn.Linear):
     """A 1x1 convolution, as a matrix product over the channels-last layout: (B, C, H, W) -> (B, C', H, W)."""
 
-    def forward(self, x_BCHW: Tensor, silu: bool = False) -> Tensor:
-        """See the class; with `silu`, SiLU of it."""
+    def forward(self, x_BCHW: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
+        """See the class; with `silu`, SiLU of it; or added to `add`, (B, C', H, W)."""
         if is_literal():
             y = F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
-            return F.silu(y) if silu else y
-        return pointwise(x_BCHW, self.weight, self.bias, silu)
+            y = F.silu(y) if silu else y
+            return y if add is None else add + y
+        return pointwise(x_BCHW, self.weight, self.bias, silu, add)
 
 
 class SparsePointwise(Pointwise):
@@ -61,9 +62,9 @@ class SparsePointwise(Pointwise):
         with torch.no_grad():
             self.weight.mul_(self.density**-0.5)
 
-    def forward(self, x_BCHW: Tensor, silu: bool = False) -> Tensor:
+    def forward(self, x_BCHW: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
         """See the class."""
-        return pointwise(x_BCHW, self.weight * self.mask, self.bias, silu)
+        return pointwise(x_BCHW, self.weight * self.mask, self.bias, silu, add)
 
 
 @cache

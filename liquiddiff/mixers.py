@@ -7,6 +7,7 @@ Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_d
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class CfC(nn.Module):
     @staticmethod
     def _head(M: int, C: int, config: Mixer) -> nn.Sequential:
         spatial = [DepthwiseConv2d(M, 3), nn.SiLU()] if config.head_conv else []
-        return nn.Sequential(*spatial, WIRINGS[config.wiring](M, C, head=True))
+        return Head(*spatial, WIRINGS[config.wiring](M, C, head=True))
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
@@ -80,6 +81,17 @@ class CfC(nn.Module):
             return fused.gate_blend(f, g, h, self.time_a(temb), self.time_b(temb))
         logit = -f * t_B[:, None, None, None].to(f.dtype) if self.gate == "literal" else f
         return torch.lerp(h, g, torch.sigmoid(logit))
+
+
+class Head(nn.Sequential):
+    """A product, or SiLU(DW3x3) and a product."""
+
+    def forward(self, z_BMHW: Tensor) -> Tensor:
+        """(B, M, H, W) -> (B, C, H, W)."""
+        spatial: Any = self[0]
+        if len(self) > 1:
+            z_BMHW = fused.depthwise_silu(z_BMHW, spatial.weight, spatial.bias)
+        return self[-1](z_BMHW)
 
 
 # gate: (f exists, h exists, time_a and time_b exist)

@@ -22,22 +22,29 @@ from liquiddiff import native
 __all__ = ["onednn", "pointwise", "product"]
 
 
-def pointwise(x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None, silu: bool = False) -> Tensor:
-    """1x1 convolution, or SiLU of it, (B, O, H, W), channels-last."""
+def pointwise(
+    x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None, silu: bool = False, add_BOHW: Tensor | None = None
+) -> Tensor:
+    """1x1 convolution, or SiLU of it, or it added to another image; (B, O, H, W), channels-last."""
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-    tensors = (x_BHWC, weight_OC) if bias_O is None else (x_BHWC, weight_OC, bias_O)
-    if x_BHWC.is_contiguous() and native.eager(*tensors) and x_BHWC.numel() and onednn():
-        if torch.is_grad_enabled():
-            y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O)
-        else:
-            return product(x_BHWC, weight_OC, bias_O, "swish" if silu else "none").permute(0, 3, 1, 2)
+    add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
+    tensors = [t for t in (x_BHWC, weight_OC, bias_O, add) if t is not None]
+    dense = x_BHWC.is_contiguous() and (add is None or add.is_contiguous())
+    if dense and native.eager(*tensors) and x_BHWC.numel() and onednn():
+        if not torch.is_grad_enabled():
+            then = "swish" if silu else "none"
+            return product(x_BHWC, weight_OC, bias_O, then, add).permute(0, 3, 1, 2)
+        y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O, add)
     else:
         y_BHWO = F.linear(x_BHWC, weight_OC, bias_O)
+        y_BHWO = y_BHWO if add is None else add + y_BHWO
     return (F.silu(y_BHWO) if silu else y_BHWO).permute(0, 3, 1, 2)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    """X W^T + bias by oneDNN: the operator that torch.compile puts in the place of a linear layer."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", add: Tensor | None = None) -> Tensor:
+    """X W^T + bias (+ add) by oneDNN: the operator that torch.compile puts in the place of a linear layer."""
+    if add is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
 
 
@@ -71,9 +78,9 @@ def _weight_gradient(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return product(x, weight, bias, add=add)
 
     @staticmethod
     @once_differentiable
@@ -82,6 +89,6 @@ class _Pointwise(torch.autograd.Function):
         g = g.contiguous()
         dx = product(g, weight.t().contiguous(), None) if need[0] else None
         if not (need[1] or need[2]):
-            return dx, None, None
+            return dx, None, None, g if need[3] else None
         dw, db = _weight_gradient(g.flatten(0, -2), x.flatten(0, -2))
-        return dx, dw, db if need[2] else None
+        return dx, dw, db if need[2] else None, g if need[3] else None

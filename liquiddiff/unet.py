@@ -65,7 +65,7 @@ class AdaLN(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """Multi-scale mixing: depthwise 3x3, 5x5, 7x7 and the global average, summed; SiLU; 1x1.
+    """x + mix(AdaLN(x)), multi-scale: depthwise 3x3, 5x5, 7x7 and the global average, summed; SiLU; 1x1.
 
     The parallel kernels are padded and added into ONE depthwise convolution: the same function, a third of the work.
     With `concat` the scales enter the 1x1 side by side instead.
@@ -83,20 +83,19 @@ class SpatialMix(nn.Module):
         """See the class."""
         n, mean = self.norm.with_mean(x_BCHW, temb_BD)
         kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
+        pooled = None if self.pool is None else self.pool(mean)
+        if not (self.concat or is_literal()):
+            y = fused.depthwise_silu(n, merge_kernels(kernels), torch.stack(biases).sum(0), pooled)
+            return self.out(y, add=x_BCHW)
+        scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
         if self.concat:
-            y = torch.cat([depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)], dim=1)
-        elif is_literal():
-            y = torch.stack([depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]).sum(0)
-        else:
-            y = depthwise(n, merge_kernels(list(kernels)), torch.stack(biases).sum(0))
-        if self.pool is None:
-            return self.out(F.silu(y))
-        pooled = self.pool(mean)
-        return self.out(fused.silu(y, pooled.repeat(1, len(self.scales)) if self.concat else pooled))
+            pooled = None if pooled is None else pooled.repeat(1, len(scales))
+            return self.out(fused.silu(torch.cat(scales, dim=1), pooled), add=x_BCHW)
+        return self.out(fused.silu(torch.stack(scales).sum(0), pooled), add=x_BCHW)
 
 
 class FeedForward(nn.Module):
-    """1x1, SiLU, 1x1 on the normalised input."""
+    """x + 1x1(SiLU(1x1(AdaLN(x))))."""
 
     def __init__(self, dim: int, time_dim: int, ratio: float):
         super().__init__()
@@ -106,15 +105,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
-        return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True))
+        return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True), add=x_BCHW)
 
     def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """Up to the first product."""
         return self.expand(self.norm(x_BCHW, temb_BD))
 
-    def rest(self, x_BCHW: Tensor) -> Tensor:
-        """What follows `first`."""
-        return self.contract(F.silu(x_BCHW))
+    def rest(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        """What follows `first`, which gave y."""
+        return self.contract(F.silu(y_BCHW), add=x_BCHW)
 
 
 class LiquidDiffusionBlock(nn.Module):
@@ -133,8 +132,7 @@ class LiquidDiffusionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x_BCHW = self._mixed(x_BCHW, temb_BD, t_B)
-        return x_BCHW + self.feed_forward(x_BCHW, temb_BD)
+        return self.feed_forward(self._mixed(x_BCHW, temb_BD, t_B), temb_BD)
 
     def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
         """The same by `step(function, *tensors)`, each of which ends with a product.
@@ -148,7 +146,7 @@ class LiquidDiffusionBlock(nn.Module):
         else:
             x = step(self._mixed, x, temb, t)
         y = step(self.feed_forward.first, x, temb)
-        return step(lambda x, y: x + self.feed_forward.rest(y), x, y)
+        return step(self.feed_forward.rest, x, y)
 
     def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
         """All but the feed-forward; `z` is what the mixer's `first` gave."""
@@ -161,7 +159,7 @@ class LiquidDiffusionBlock(nn.Module):
             x_BCHW = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
         else:
             x_BCHW = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
-        return x_BCHW if self.spatial is None else x_BCHW + self.spatial(x_BCHW, temb_BD)
+        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, temb_BD)
 
 
 class ZeroConv2d(nn.Conv2d):

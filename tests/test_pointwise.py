@@ -64,6 +64,22 @@ def test_equals_the_float64_convolution(shape, silu):
         assert_close([pointwise(*args, silu)], want[:1])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_added_is_added_and_gets_the_gradient(shape):
+    (x, weight, bias), g = make(*shape)
+    add = g.roll(1, 0) + 1
+    args = [x, weight, bias, add]
+    want = results(lambda *a: a[3] + conv(*a[:3]), [t.double() for t in args], g.double())
+
+    def added(x, weight, bias, add):
+        return pointwise(x, weight, bias, add_BOHW=add)
+
+    assert_close(results(added, args, g), want)
+    assert_close(results(added, [*args[:3], add.contiguous()], g), want)  # torch's layout
+    with torch.no_grad():
+        assert_close([added(*args)], want[:1])
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 def test_the_c_kernel_is_what_is_tested_here_and_its_bits_do_not_depend_on_threads():
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
