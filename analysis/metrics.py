@@ -66,7 +66,9 @@ def compare(features_ND: Tensor, reference_MD: Tensor) -> dict[str, float]:
     # Generated first, reference second: only in this order is precision the share of the generated.
     pair, subset = (features_ND, reference_MD), kid_subset(len(features_ND), len(reference_MD))
     kid = kid_features_to_metric(*pair, **subset, rng_seed=RNG_SEED, verbose=False)
-    prc = prc_features_to_metric(*pair, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    # In blocks that a cache holds; torch-fidelity's default of 10,000 rows would be 2 GB of distances to 50,000 images.
+    blocks = {"save_cpu_ram": True, "prc_batch_size": 500}
+    prc = prc_features_to_metric(*pair, prc_neighborhood=NEIGHBOURS, **blocks, verbose=False)
     return {
         "fd": frechet(*pair),
         "kid": kid[KEY_METRIC_KID_MEAN],

@@ -107,8 +107,13 @@ def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
     shape = images[0].shape
     if is_literal() or len(shape) != 4 or not native.eager(*images, *rows) or images[0].numel() == 0:
         return False
-    fits = all(i.shape == shape and i.is_contiguous(memory_format=torch.channels_last) for i in images)
-    return fits and all(row.shape == shape[:2] for row in rows) and _library() is not None
+    for image in images:
+        if image.shape != shape or not image.is_contiguous(memory_format=torch.channels_last):
+            return False
+    for row in rows:
+        if row.shape != shape[:2]:
+            return False
+    return _library() is not None
 
 
 # --- in a low precision -----------------------------------------------------------------------------------------------
