@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
-    """Averaged copy of a network, `ema.net`, in evaluation mode.
+    """Averaged copy of a network, `ema.net`, in evaluation mode; it follows the parameters that the network has now.
 
     The half-life grows with the images seen (at most a twentieth of them, EDM2, arXiv:2312.02696), so that a short run
     does not average in its random start.
@@ -16,12 +16,15 @@ class EMA:
     def __init__(self, net: nn.Module, half_life: float):
         self.half_life = half_life
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self._mine: list[Tensor] = list(self.net.parameters())
+        self._theirs: list[Tensor] = list(net.parameters())
+        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, net: nn.Module, images: int, batch: int) -> None:
-        """Move towards `net` after a step of `batch` images that brought the count to `images`."""
+    def update(self, images: int, batch: int) -> None:
+        """Move towards the network after a step of `batch` images that brought the count to `images`."""
         half_life = min(self.half_life, 0.05 * images)
         decay = 0.5 ** (batch / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
-        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+        for mine, theirs in self._buffers:
             mine.copy_(theirs)

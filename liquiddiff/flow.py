@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from liquiddiff.seeding import generator
+from liquiddiff.seeding import derive, generator
 
 U_SHAPE = 4.0  # Lee et al., arXiv:2405.20320, section 4.1: p(t) ~ exp(a t) + exp(a (1 - t))
 HUBER = 0.00054  # c / sqrt(dimensions) of the pseudo-Huber loss, the same paper's section 4.2
@@ -59,12 +59,11 @@ def draw(seed: int, start: int, count: int, shape: tuple[int, ...], times: str =
 
     So the stream is the same at any batch size, after any resume and on any number of devices.
     """
-    noise = torch.empty(count, *shape)
-    u = torch.empty(count)
-    for k in range(count):
-        stream = generator(seed, "step", start + k)
-        noise[k].normal_(generator=stream)
-        u[k].uniform_(generator=stream)
+    noise, u, stream = torch.empty(count, *shape), torch.empty(count), torch.Generator()
+    for k, (image, position) in enumerate(zip(noise, u, strict=True), start):
+        stream.manual_seed(derive(seed, "step", k))
+        image.normal_(generator=stream)
+        position.uniform_(generator=stream)
     return noise, TIMES[times](u)
 
 

@@ -108,7 +108,7 @@ class RectifiedFlowTrainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.images += count
-        self.ema.update(self.model, self.images, count)
+        self.ema.update(self.images, count)
         return {"loss": loss.detach(), "lr": lr}
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_ema_half_life_is_in_images():
         ema = EMA(net, half_life=1000)
         torch.nn.init.ones_(net.weight)
         for step in range(1000 // batch):
-            ema.update(net, 100_000 + step * batch, batch)
+            ema.update(100_000 + step * batch, batch)
         assert ema.net.weight.item() == pytest.approx(0.5)
 
 
@@ -184,11 +184,11 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     run = compose.plan(overrides)[1][0]
     real, handler = EMA.update, signal.getsignal(signal.SIGINT)
 
-    def interrupted(ema, net, images, batch):
+    def interrupted(ema, images, batch):
         if images == 96:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
-        real(ema, net, images, batch)
+        real(ema, images, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(EMA, "update", interrupted)
