@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 def blocks(net: "nn.Module") -> dict[str, Any]:
     """The liquid blocks by their place, in the order of the computation."""
-    from liquiddiff.unet import LiquidDiffusionBlock
+    from liquiddiff.block import LiquidDiffusionBlock
 
     found = {name: module for name, module in net.named_modules() if isinstance(module, LiquidDiffusionBlock)}
     decoder = [name for name in found if name.startswith("decoder.")]
@@ -116,9 +116,9 @@ def measure(folder: Path) -> list[Row]:
     from liquiddiff import checkpoint
     from liquiddiff.data import open_data
     from liquiddiff.flow import initial_noise
+    from liquiddiff.loop import prepare
     from liquiddiff.record import read_run
     from liquiddiff.reflow import straightness_of
-    from liquiddiff.trainer import prepare
 
     run = read_run(folder)
     if not (state := checkpoint.load(folder)):

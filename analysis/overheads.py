@@ -16,9 +16,9 @@ from analysis.benchmarks import Bench, Row, images, model_of
 from liquiddiff import checkpoint, flow, tracking
 from liquiddiff.config import Run
 from liquiddiff.data import open_data, to_uint8
+from liquiddiff.loop import Log
 from liquiddiff.memory import training_memory
 from liquiddiff.record import Record
-from liquiddiff.trainer import Log
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -137,7 +137,7 @@ def compute(
     import torch
 
     from analysis import metrics, plots
-    from liquiddiff import device, distributed, trainer
+    from liquiddiff import device, distributed, loop
     from liquiddiff.data import open_data, to_uint8
     from liquiddiff.flow import initial_noise
     from liquiddiff.record import Follower
@@ -167,7 +167,7 @@ def compute(
             print(f"note: {error}\nnote: training goes on; the same command with the weights will only evaluate")
         missing = distributed.agreed(missing)
         mirror = Mirror(record, tags)
-        fitted, images = trainer.fit(run, record, training, (lambda: None) if others else mirror)
+        fitted, images = loop.fit(run, record, training, (lambda: None) if others else mirror)
         begin = time.perf_counter()
 
         sheet: list[Tensor] = []  # the first samples at the last NFE

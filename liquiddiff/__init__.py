@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from liquiddiff.config import Run
 
 if TYPE_CHECKING:
-    from liquiddiff.trainer import RectifiedFlowTrainer, train
+    from liquiddiff.loop import train
+    from liquiddiff.trainer import RectifiedFlowTrainer
     from liquiddiff.unet import (
         LiquidDiffusionUNet,
         liquid_diffusion_base,
@@ -30,6 +31,6 @@ def __getattr__(name: str) -> Any:
     """Import torch only when a name needs it: `run.py --help` and a typo's error must not wait for it."""
     if name not in __all__:
         raise AttributeError(f"module 'liquiddiff' has no attribute '{name}'")
-    from liquiddiff import trainer, unet
+    from liquiddiff import loop, trainer, unet
 
-    return getattr(trainer if hasattr(trainer, name) else unet, name)
+    return next(getattr(module, name) for module in (loop, trainer, unet) if hasattr(module, name))

@@ -141,7 +141,7 @@ def teach(run: Run, out: Path, fingerprint: str) -> "tuple[RectifiedFlowTrainer,
 
     Where another process trains it, this one waits.
     """
-    from liquiddiff import trainer  # which imports this file
+    from liquiddiff import loop  # which imports this file
 
     teacher = teacher_of(run)
     own = Record(teacher, out)
@@ -156,7 +156,7 @@ def teach(run: Run, out: Path, fingerprint: str) -> "tuple[RectifiedFlowTrainer,
                 f"the teacher in {found.folder} was trained on data {state['fingerprint']}, "
                 f"this run has {fingerprint}; give another out=DIR"
             )
-        fitted = trainer.prepare(teacher, resolve_device(teacher.device))
+        fitted = loop.prepare(teacher, resolve_device(teacher.device))
         fitted.load_state(state)
         return fitted, found.folder
 
@@ -168,7 +168,7 @@ def teach(run: Run, out: Path, fingerprint: str) -> "tuple[RectifiedFlowTrainer,
         if found := finished():
             return found
         own.describe()
-        return trainer.fit(teacher, own)[0], own.folder
+        return loop.fit(teacher, own)[0], own.folder
 
 
 @torch.inference_mode()

@@ -13,16 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from liquiddiff import fused
+from liquiddiff.block import LiquidDiffusionBlock
 from liquiddiff.config import SIZES, Model, choose, from_dict
-from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
-from liquiddiff.layers import low_precision, transformed, upsampled
-from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
+from liquiddiff.depthwise import is_literal
+from liquiddiff.layers import Pointwise, Slot, low_precision, transformed, upsampled
 from liquiddiff.relaxation import LAWS
 
 LARGE = 128 * 128  # positions; in mixed precision, of an image of which less is kept for the backward pass
@@ -44,122 +42,6 @@ class TimeEmbedding(nn.Module):
         """See the class."""
         angles = 1000 * t_B.float()[:, None] * self.frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
-
-
-class AdaLN(nn.Module):
-    """LayerNorm over channels at each position, then scale and shift from the time embedding (DiT, zero at first)."""
-
-    def __init__(self, dim: int, time_dim: int):
-        super().__init__()
-        self.modulation = ZeroLinear(time_dim, 2 * dim)
-
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
-        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)  # (B, C) each
-        return fused.adaln(x_BCHW, scale, shift)
-
-    def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and its mean over positions, (B, C)."""
-        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)
-        return fused.adaln_mean(x_BCHW, scale, shift)
-
-
-class SpatialMix(nn.Module):
-    """x + mix(AdaLN(x)), multi-scale: depthwise 3x3, 5x5, 7x7 and the global average, summed; SiLU; 1x1.
-
-    The parallel kernels are padded and added into ONE depthwise convolution: the same function, a third of the work.
-    With `concat` the scales enter the 1x1 side by side instead.
-    """
-
-    def __init__(self, dim: int, time_dim: int, kernels: list[int], pool: bool, concat: bool):
-        super().__init__()
-        self.norm = AdaLN(dim, time_dim)
-        self.scales = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in kernels)
-        self.pool = nn.Linear(dim, dim) if pool else None
-        self.concat = concat
-        self.out = Pointwise(dim * len(kernels) if concat else dim, dim)
-
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
-        n, mean = self.norm.with_mean(x_BCHW, temb_BD)
-        kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
-        pooled = None if self.pool is None else self.pool(mean)
-        if not (self.concat or is_literal()):
-            y = fused.depthwise_silu(n, merge_kernels(kernels), torch.stack(biases).sum(0), pooled)
-            return self.out(y, add=x_BCHW)
-        scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
-        if self.concat:
-            pooled = None if pooled is None else pooled.repeat(1, len(scales))
-            return self.out(fused.silu(torch.cat(scales, dim=1), pooled), add=x_BCHW)
-        return self.out(fused.silu(torch.stack(scales).sum(0), pooled), add=x_BCHW)
-
-
-class FeedForward(nn.Module):
-    """x + 1x1(SiLU(1x1(AdaLN(x))))."""
-
-    def __init__(self, dim: int, time_dim: int, ratio: float):
-        super().__init__()
-        self.norm = AdaLN(dim, time_dim)
-        self.expand = Pointwise(dim, round(ratio * dim))
-        self.contract = Pointwise(round(ratio * dim), dim)
-
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
-        return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True), add=x_BCHW)
-
-    def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """Up to the first product."""
-        return self.expand(self.norm(x_BCHW, temb_BD))
-
-    def rest(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
-        """What follows `first`, which gave y."""
-        return self.contract(F.silu(y_BCHW), add=x_BCHW)
-
-
-class LiquidDiffusionBlock(nn.Module):
-    """x + Relax(Mixer)(AdaLN(x)); + SpatialMix; + FeedForward."""
-
-    def __init__(self, slot: Slot, model: Model, relaxation: nn.Module):
-        super().__init__()
-        C, D = slot.dim, slot.time_dim
-        self.norm = AdaLN(C, D)
-        self.mixer = MIXERS[choose("mixer", model.mixer.name, MIXERS)](slot, model.mixer)
-        self.relaxation = relaxation
-        self.spatial = (
-            SpatialMix(C, D, model.mix_kernels, model.mix_pool, model.mix_concat) if model.mix_kernels else None
-        )
-        self.feed_forward = FeedForward(C, D, model.ffn_ratio)
-
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return self.feed_forward(self._mixed(x_BCHW, temb_BD, t_B), temb_BD)
-
-    def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
-        """The same by `step(function, *tensors)`, each of which ends with a product.
-
-        If `step` keeps only `tensors` for the backward pass, what has to be computed again is cheap, for the last
-        product of a step is not: depthwise convolutions, what is element by element, and the cell's heads.
-        """
-        if first := getattr(self.mixer, "first", None):
-            z = step(lambda x, temb: first(self.norm(x, temb)), x, temb)
-            x = step(lambda x, z, temb, t: self._mixed(x, temb, t, z), x, z, temb, t)
-        else:
-            x = step(self._mixed, x, temb, t)
-        y = step(self.feed_forward.first, x, temb)
-        return step(self.feed_forward.rest, x, y)
-
-    def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
-        """All but the feed-forward; `z` is what the mixer's `first` gave."""
-        n = self.norm(x_BCHW, temb_BD)
-        mixer: Any = self.mixer
-        y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
-        if self.relaxation.replaces_residual:
-            x_BCHW = self.relaxation(x_BCHW, y, t_B, temb_BD)
-        elif alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
-            x_BCHW = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
-        else:
-            x_BCHW = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
-        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, temb_BD)
 
 
 class ZeroConv2d(nn.Conv2d):

@@ -18,7 +18,7 @@ from analysis import metrics
 from experiments import compose, grid
 from experiments.room import ROOT, arm_files, load_experiment, rooms
 from experiments.run import main
-from liquiddiff import reflow, trainer
+from liquiddiff import loop, reflow
 from liquiddiff.config import BadInput, flatten
 from liquiddiff.data import to_uint8
 from liquiddiff.flow import initial_noise
@@ -60,7 +60,7 @@ def test_an_arm_trains_samples_and_writes_a_row(arm, small, monkeypatch):
     monkeypatch.setattr(reflow, "SAMPLES", 16)
     record = Record(run)
     record.create()
-    fitted, images = trainer.fit(run, record)
+    fitted, images = loop.fit(run, record)
 
     def sample(start, count, nfe):
         x, used = fitted.generate(initial_noise(0, start, count, run.image_shape), nfe, run.eval.solver, run.eval.shift)
@@ -161,7 +161,7 @@ def test_ctrl_c_leaves_a_grid_resumable(small, tmp_path):
         images = [json.loads(line).get("images", 0) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         record = Record(compose.plan([*small, "optim.images=64000", f"seed={folder.name[-1]}"])[1][0])
         assert record.folder == folder
-        assert trainer.checkpoint.load(folder)["images"] == max(images) > 0
+        assert loop.checkpoint.load(folder)["images"] == max(images) > 0
         assert grid.state_of(record)[0] == "part"
 
 

@@ -9,9 +9,10 @@ from experiments import compose
 from liquiddiff import budget, reflow
 from liquiddiff.config import BadInput, Mixer, Model
 from liquiddiff.depthwise import literal
+from liquiddiff.loop import train
 from liquiddiff.mixers import CfC, Slot
 from liquiddiff.seeding import initialise
-from liquiddiff.trainer import RectifiedFlowTrainer, train
+from liquiddiff.trainer import RectifiedFlowTrainer
 
 SMALL = {"channels": [8, 16], "blocks": [1, 2]}
 

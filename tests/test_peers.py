@@ -7,7 +7,7 @@ import torch
 from conftest import awake
 
 from experiments import compose
-from liquiddiff import budget, peers, trainer
+from liquiddiff import budget, loop, peers
 from liquiddiff.config import SIZES, BadInput, Model
 from liquiddiff.seeding import initialise
 
@@ -82,8 +82,8 @@ def test_the_dit_is_diffusers_own():
 def test_a_peer_trains_is_published_and_comes_back(network, small, tmp_path):
     overrides = [*small, f"model.network={network}", "optim.images=64"]
     run = compose.as_run(compose.one(overrides))
-    fitted, _ = trainer.train(run)
-    start = dict(trainer.prepare(run, torch.device("cpu")).model.named_parameters())
+    fitted, _ = loop.train(run)
+    start = dict(loop.prepare(run, torch.device("cpu")).model.named_parameters())
     moved = [name for name, p in fitted.model.named_parameters() if not torch.equal(p, start[name])]
     assert fitted.images == 64 and moved
     kind = {"ddpm_unet": peers.DDPMUNet, "dit": peers.DiT}[network]

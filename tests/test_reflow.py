@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments import compose
-from liquiddiff import flow, reflow, trainer
+from liquiddiff import flow, loop, reflow, trainer
 from liquiddiff.config import BadInput
 from liquiddiff.record import Record
 from liquiddiff.solvers import integrate
@@ -58,15 +58,15 @@ def test_the_teacher_is_trained_once_and_found(small):
     run = run_of(small)
     baseline = compose.as_run(compose.one([*small, "optim.images=96"]))
     assert reflow.teacher_of(run) == baseline
-    fitted, images = trainer.train(run)
+    fitted, images = loop.train(run)
     home = Record(baseline)
     assert (home.folder / "run.yaml").exists() and not home.done
     written = (home.folder / "checkpoint.pt").stat().st_mtime_ns
     assert [row["images"] for row in lines(home, "loss")][-1] == 96
     # The baseline's own run takes the teacher's weights up; another reflow arm finds teacher and pairs.
-    again = trainer.train(baseline)[0]
+    again = loop.train(baseline)[0]
     plus = run_of(small, "flow.times=u_shaped", "flow.loss=pseudo_huber")
-    trainer.train(plus)
+    loop.train(plus)
     assert (home.folder / "checkpoint.pt").stat().st_mtime_ns == written
     names = {path.name for path in (Record(run).folder / "pairs").iterdir()}
     assert names == {"0-16.safetensors", "16-32.safetensors", "32-40.safetensors"}
@@ -87,7 +87,7 @@ def test_the_teacher_is_trained_once_and_found(small):
 
 def test_an_interrupted_run_resumes_to_the_bit_and_needs_no_teacher(small, tmp_path, monkeypatch):
     whole_run, run = run_of(small, f"out={tmp_path}/whole"), run_of(small, f"out={tmp_path}/part")
-    whole = trainer.train(whole_run)[0]
+    whole = loop.train(whole_run)[0]
     generate, made = reflow._generate, []
 
     def torn(fitted, run, start, stop):
@@ -98,7 +98,7 @@ def test_an_interrupted_run_resumes_to_the_bit_and_needs_no_teacher(small, tmp_p
 
     monkeypatch.setattr(reflow, "_generate", torn)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(run)
+        loop.train(run)
     monkeypatch.setattr(reflow, "_generate", lambda *a: made.append(a[2]) or generate(*a))
     record, steps = Record(run), []
 
@@ -108,10 +108,10 @@ def test_an_interrupted_run_resumes_to_the_bit_and_needs_no_teacher(small, tmp_p
             raise KeyboardInterrupt
 
     with record.lock(), pytest.raises(KeyboardInterrupt):
-        trainer.fit(run, record, stop)
+        loop.fit(run, record, stop)
     assert made == [0, 16, 32], "a part is made once"
     shutil.rmtree(Record(reflow.teacher_of(run)).folder)
-    resumed = trainer.train(run)[0]
+    resumed = loop.train(run)[0]
     for one, two in [(Record(whole_run), record)]:
         for path in (one.folder / "pairs").iterdir():
             assert path.read_bytes() == (two.folder / "pairs" / path.name).read_bytes()
@@ -137,7 +137,7 @@ def test_the_stream_of_pairs_does_not_know_the_batch_size():
 
 def test_a_teacher_that_another_process_trains_is_waited_for(small):
     run = run_of(small)
-    images = trainer.open_data(run.data, run.cache)
+    images = loop.open_data(run.data, run.cache)
     own = Record(reflow.teacher_of(run))
     own.create()
     found = []
@@ -145,7 +145,7 @@ def test_a_teacher_that_another_process_trains_is_waited_for(small):
         own.describe()
         waiting = threading.Thread(target=lambda: found.append(reflow.teach(run, own.out, images.fingerprint)))
         waiting.start()
-        trainer.fit(reflow.teacher_of(run), own)
+        loop.fit(reflow.teacher_of(run), own)
         assert waiting.is_alive() and not found
     waiting.join(60)
     ((fitted, folder),) = found
@@ -154,7 +154,7 @@ def test_a_teacher_that_another_process_trains_is_waited_for(small):
 
 def test_a_teacher_of_other_data_is_refused(small):
     run = run_of(small)
-    trainer.train(reflow.teacher_of(run))
+    loop.train(reflow.teacher_of(run))
     with pytest.raises(BadInput, match="was trained on data"):
         reflow.teach(run, Record(run).out, "0" * 16)
 
@@ -163,8 +163,8 @@ def test_three_runs_that_differ_in_their_evaluation_train_once(small, monkeypatc
     first, second, third = (
         compose.as_run(compose.one([*small, "optim.images=96", f"eval.nfe=[{k}]"])) for k in (1, 2, 3)
     )
-    fitted = trainer.train(first)[0]
+    fitted = loop.train(first)[0]
     monkeypatch.setattr(trainer.RectifiedFlowTrainer, "train_step", None)
     for run in (second, third):
-        a, b = weights(fitted), weights(trainer.train(run)[0])
+        a, b = weights(fitted), weights(loop.train(run)[0])
         assert all(torch.equal(a[k], b[k]) for k in a)

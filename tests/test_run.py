@@ -342,11 +342,11 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
 
     from analysis import cli
     from experiments import sample
-    from liquiddiff import trainer
+    from liquiddiff import loop
     from liquiddiff.data import to_uint8
 
     run = compose.plan([*small, "optim.images=96"])[1][0]
-    fitted, _ = trainer.train(run)
+    fitted, _ = loop.train(run)
     folder = Record(run).folder
     assert sample.main([f"run={folder}", "n=5", "nfe=4", "batch=2", f"out={tmp_path}/pngs"]) == 0
     expected = to_uint8(fitted.sample(5, 8, 4, channels=1))

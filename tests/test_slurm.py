@@ -14,7 +14,7 @@ from conftest import SMALL
 from safetensors.torch import load_file
 
 from experiments import compose
-from liquiddiff import checkpoint, trainer
+from liquiddiff import checkpoint, loop
 from liquiddiff.record import Record
 from slurm import launch
 from slurm.ledger import Ledger
@@ -147,7 +147,7 @@ def let_go(site, pid):
 
 def assert_as_if_never_interrupted(site, run, *overrides):
     plan = compose.plan([*site.common, *overrides, f"out={site.folder}/whole"])[1]
-    whole = trainer.train(next(other for other in plan if other.name == run.name))[0]
+    whole = loop.train(next(other for other in plan if other.name == run.name))[0]
     weights = load_file(Record(run).folder / "model" / "model.safetensors")
     assert weights and all(torch.equal(v, weights[k]) for k, v in whole.ema.net.state_dict().items() if k in weights)
     images = [row["images"] for row in Record(run).rows() if "loss" in row]
@@ -291,7 +291,7 @@ def test_one_run_on_two_nodes_preempted(site):
     assert site.said("Requeued job") == 1
     images = [row["images"] for row in Record(run).rows() if "loss" in row]
     assert images == sorted(set(images)) and images[-1] == 320, "one process writes"
-    alone = trainer.train(compose.plan([*site.common, *one, f"out={site.folder}/whole"])[1][0])[0]
+    alone = loop.train(compose.plan([*site.common, *one, f"out={site.folder}/whole"])[1][0])[0]
     weights = load_file(Record(run).folder / "model" / "model.safetensors")
     for key, value in alone.ema.net.state_dict().items():
         if key in weights:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import compose
-from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, trainer
+from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, loop, trainer
 from liquiddiff.config import BadInput, Model, Optim
 from liquiddiff.device import deferred_interrupt
 from liquiddiff.ema import EMA
@@ -144,9 +144,7 @@ def test_state_continues_to_the_bit():
 
 def test_two_runs_are_equal_to_the_bit_and_seeds_differ(small, tmp_path):
     a, b, c = (
-        trainer.train(compose.as_run(compose.one([*small, f"out={tmp_path}/{k}", f"seed={seed}", "optim.images=96"])))[
-            0
-        ]
+        loop.train(compose.as_run(compose.one([*small, f"out={tmp_path}/{k}", f"seed={seed}", "optim.images=96"])))[0]
         for k, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert_same(weights(a), weights(b))
@@ -156,7 +154,7 @@ def test_two_runs_are_equal_to_the_bit_and_seeds_differ(small, tmp_path):
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_bit(small, tmp_path):
     overrides = [*small, "optim.images=1600"]
-    whole = trainer.train(compose.as_run(compose.one([*overrides, f"out={tmp_path}/whole"])))[0]
+    whole = loop.train(compose.as_run(compose.one([*overrides, f"out={tmp_path}/whole"])))[0]
     killed = compose.as_run(compose.one([*overrides, f"out={tmp_path}/killed"]))
     record = Record(killed)
     code = (
@@ -171,7 +169,7 @@ def test_killed_runs_resume_to_the_bit(small, tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    resumed = trainer.train(killed)[0]
+    resumed = loop.train(killed)[0]
     assert_same(weights(whole), weights(resumed))
     images = [row["images"] for row in record.rows() if "loss" in row]
     assert images == sorted(set(images)), "no line is written twice"
@@ -180,7 +178,7 @@ def test_killed_runs_resume_to_the_bit(small, tmp_path):
 def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     # Between the optimizer's update and the EMA's a step is half done; what is saved there could not resume to the bit.
     overrides = [*small, "optim.images=320", "eval.val_every=320"]
-    whole = trainer.train(compose.plan([*overrides, f"out={tmp_path}/whole"])[1][0])[0]
+    whole = loop.train(compose.plan([*overrides, f"out={tmp_path}/whole"])[1][0])[0]
     run = compose.plan(overrides)[1][0]
     real, handler = EMA.update, signal.getsignal(signal.SIGINT)
 
@@ -193,9 +191,9 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(EMA, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            trainer.train(run)
+            loop.train(run)
     assert checkpoint.load(Record(run).folder)["images"] == 96
-    assert_same(weights(whole), weights(trainer.train(run)[0]))
+    assert_same(weights(whole), weights(loop.train(run)[0]))
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -209,7 +207,7 @@ def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", full)
     monkeypatch.setattr(EMA, "update", interrupted)
     with pytest.raises(OSError, match="No space left"):
-        trainer.train(compose.plan(small)[1][0])
+        loop.train(compose.plan(small)[1][0])
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGUSR2, 1)])
@@ -227,11 +225,11 @@ def test_an_error_after_a_signal_is_an_interruption_where_the_run_is_resumed(mon
 
 def test_a_finished_run_keeps_its_evaluation(small):
     run = compose.plan([*small, "optim.images=96"])[1][0]
-    trainer.train(run)
+    loop.train(run)
     record = Record(run)
     record.write({"nfe": 1, "fd": 2.0})
     record.finish(seconds=1.0)
-    trainer.train(run)
+    loop.train(run)
     assert len(record.evaluations()) == 1
 
 
@@ -258,7 +256,7 @@ def test_an_infinite_gradient_does_not_reach_a_checkpoint(small, monkeypatch):
 
     monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", spoiled)
     with pytest.raises(trainer.NonFinite):
-        trainer.train(run)
+        loop.train(run)
     state = checkpoint.load(Record(run).folder)
     assert 0 < state["images"] <= 192
     assert all(v.isfinite().all() for v in state["model"].values())
@@ -318,7 +316,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(small, monkeyp
 
     monkeypatch.setattr(trainer.flow, "interpolate", poisoned)
     with pytest.raises(trainer.NonFinite, match=r"at \d+ images"):
-        trainer.train(run)
+        loop.train(run)
     state = checkpoint.load(Record(run).folder)
     assert 0 < state["images"] < 320
     assert all(v.isfinite().all() for v in state["model"].values())
@@ -326,20 +324,20 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(small, monkeyp
 
 def test_another_configuration_s_checkpoint_is_refused(small):
     run = compose.as_run(compose.one([*small, "optim.images=96"]))
-    trainer.train(run)
+    loop.train(run)
     folder = Record(run).folder
     state = checkpoint.load(folder)
     for key in ("training", "fingerprint", "precision"):
         checkpoint.save(state | {key: "0" * 8}, folder)
         with pytest.raises(BadInput, match=key):
-            trainer.train(run)
+            loop.train(run)
 
 
 def test_one_process_per_run(small):
     record = Record(compose.as_run(compose.one(small)))
     record.create()
     with record.lock(), pytest.raises(BadInput, match="another process"):
-        trainer.train(record.run)
+        loop.train(record.run)
     path = record.folder / "lock"
     code = f"import fcntl, os; f = open('{path}', 'a'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code], check=False)
@@ -349,7 +347,7 @@ def test_one_process_per_run(small):
 
 def test_validation_is_the_same_for_every_seed_and_batch(small):
     run = compose.as_run(compose.one(small))
-    images = trainer.open_data(run.data, run.cache)
+    images = loop.open_data(run.data, run.cache)
     a, b = fresh(0), fresh(7)
     b.ema.net.load_state_dict(a.ema.net.state_dict())
     one, two = trainer.validate(a, images, 32, 32), trainer.validate(b, images, 32, 5)
@@ -360,13 +358,13 @@ def test_validation_is_the_same_for_every_seed_and_batch(small):
 
 def test_runs_that_differ_in_their_evaluation_share_their_weights(small):
     run = compose.as_run(compose.one([*small, "optim.images=96"]))
-    first = trainer.train(run)[0]
+    first = loop.train(run)[0]
     other = compose.as_run(compose.one([*small, "optim.images=96", "eval.solver=heun", "eval.nfe=[2,4]"]))
     assert other.signature() != run.signature()
-    second = trainer.prepare(other, torch.device("cpu"))
+    second = loop.prepare(other, torch.device("cpu"))
     record = Record(other)
     record.create()
-    trainer.restore(second, record, trainer.open_data(run.data, run.cache).fingerprint)
+    loop.restore(second, record, loop.open_data(run.data, run.cache).fingerprint)
     assert second.images == 96
     assert [row for row in record.rows() if "nfe" in row] == []
     assert_same(weights(first), weights(second))
@@ -385,8 +383,8 @@ def test_golden_losses(small):
     losses = {}
     for arm in ("baseline", "no_relaxation", "conv"):
         run = compose.as_run(compose.one([f"ablation={arm}", "optim.warmup=0", "optim.lr=4e-3"]))
-        fitted = trainer.prepare(run, torch.device("cpu"))
-        images = trainer.open_data(run.data, small[-1].removeprefix("cache="))
+        fitted = loop.prepare(run, torch.device("cpu"))
+        images = loop.open_data(run.data, small[-1].removeprefix("cache="))
         losses[arm] = [fitted.train_step(images.batch(0, 32 * k, 32))["loss"].item() for k in range(8)]
     assert losses == {
         arm: pytest.approx(expected, rel=1e-4) for arm, expected in json.loads(GOLDEN.read_text()).items()

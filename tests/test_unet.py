@@ -5,11 +5,11 @@ import torch
 from conftest import awake
 
 from liquiddiff import LiquidDiffusionUNet, budget, unet
+from liquiddiff.block import AdaLN, SpatialMix
 from liquiddiff.config import SIZES, Mixer, Model
 from liquiddiff.layers import upsampled
 from liquiddiff.relaxation import LAWS
 from liquiddiff.seeding import initialise
-from liquiddiff.unet import AdaLN, SpatialMix
 
 CLAIMED = {"tiny": 8e6, "small": 25e6, "base": 65e6, "large": 120e6}
 

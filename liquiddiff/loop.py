@@ -1,0 +1,194 @@
+"""`train`, the one loop: a run in its folder, from its last checkpoint to its budget."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor
+
+from liquiddiff import budget, checkpoint, distributed, flow, reflow
+from liquiddiff.config import BadInput, Run, choose
+from liquiddiff.data import ImageData, open_data
+from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device
+from liquiddiff.record import Follower, Record
+from liquiddiff.seeding import initialise
+from liquiddiff.solvers import TABLEAUX
+from liquiddiff.trainer import NonFinite, RectifiedFlowTrainer, validate
+
+
+def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
+    """A run's trainer at its start: network built, matched and initialised from the seed."""
+    net = budget.build(run.model, run.image_shape)
+    initialise(net, run.seed)
+    return RectifiedFlowTrainer(net, device=device, seed=run.seed, flow=run.flow, optim=run.optim)
+
+
+def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> float:
+    """Continue from the folder's newest sound checkpoint. Returns the training seconds it already took.
+
+    A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
+    Raises BadInput for a checkpoint of another configuration or other data.
+    """
+    state, source = distributed.agreed(None if distributed.rank() else find_state(trainer, record, fingerprint))
+    if state is None:
+        record.rewind(-1)
+        return 0.0
+    trainer.load_state(state)
+    if not record.done:
+        record.rewind(trainer.images, source)
+    return state["seconds"]
+
+
+def find_state(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[dict[str, Any] | None, Record]:
+    """What `restore` continues from, if anything, and whose it is."""
+    mine = {"training": record.run.training_signature(), "fingerprint": fingerprint, "precision": trainer.precision}
+    state, source = checkpoint.load(record.folder), record
+    if state is None and (twin := record.twin()):
+        with suppress(checkpoint.Damaged):
+            found = checkpoint.load(twin.folder)
+            if found and found["images"] == record.run.optim.images and all(found[k] == v for k, v in mine.items()):
+                state, source = found, twin
+    for key, value in mine.items():
+        if state and state[key] != value:
+            raise BadInput(
+                f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {value}; "
+                "give another out=DIR, or force=true to start again (the old folder is kept)"
+            )
+    return state, source
+
+
+def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer, ImageData]:
+    """Train `run` to its budget in its folder under `out`, from its last checkpoint if it has one.
+
+    Returns the trainer and the images; the EMA weights are in `model/`. Raises as `fit`, and BadInput where another
+    process holds the run.
+    """
+    distributed.start()
+    record = (Follower if distributed.rank() else Record)(run, out)
+    record.create()
+    with record.lock():
+        record.describe()
+        return fit(run, record)
+
+
+def fit(
+    run: Run,
+    record: Record,
+    progress: Callable[[int, float | None], None] = lambda images, loss: None,
+    on_checkpoint: Callable[[], object] = lambda: None,
+) -> tuple[RectifiedFlowTrainer, ImageData]:
+    """The loop: batch, path, loss, update, EMA, record. The caller holds the record's lock.
+
+    Calls `progress(images, loss)` after every step, with a loss only where it was read from the device. Raises
+    BadInput, NonFinite, or KeyboardInterrupt once a checkpoint is written: a signal waits for the end of the step.
+    """
+    device = resolve_device(run.device)
+    keep_freed_memory()
+    choose("time distribution", run.flow.times, flow.TIMES)
+    choose("loss", run.flow.loss, flow.LOSSES)
+    choose("prediction", run.flow.prediction, flow.PREDICTIONS)
+    stages = len(TABLEAUX[choose("solver", run.eval.solver, TABLEAUX)][1])
+    if min(run.eval.nfe) < stages:
+        raise BadInput(
+            f"eval.nfe={min(run.eval.nfe)} is too few for solver {run.eval.solver}, which takes {stages} a step"
+        )
+    if distributed.size() > 1 and run.flow.reflow:
+        raise BadInput(f"flow.reflow={run.flow.reflow} trains its teacher first, which one process has to do: gpus=1")
+    with distributed.first():
+        images = open_data(run.data, run.cache)
+    trainer = prepare(run, device)
+    before = trainer.seconds = restore(trainer, record, images.fingerprint)
+    pairs = reflow.open_pairs(run, record, images.fingerprint) if run.flow.reflow else None
+
+    def step(start: int, count: int) -> dict[str, Any]:
+        """One update, by this process's part of the batch; with reflow the images come with their noise and t."""
+        if pairs:
+            return trainer.train_step(*pairs.batch(start, count))
+        if distributed.size() == 1:
+            return trainer.train_step(images.batch(run.seed, start, count))
+        first, number = distributed.share(count)
+        return trainer.train_step(images.batch(run.seed, start + first, max(1, number)), part=(first, number, count))
+
+    size = budget.meta_cost(run.model, run.image_shape)
+    record.provenance(
+        device_name(device), trainer.precision, images.fingerprint, images=len(images.images_NCHW), **asdict(size)
+    )
+    progress(trainer.images, None)
+    log = Log(record, run, trainer.images)
+    begin = time.perf_counter()
+
+    def save() -> None:
+        trainer.check_finite()
+        trainer.seconds = before + time.perf_counter() - begin
+        if distributed.rank():
+            return
+        state = trainer.state() | {"training": run.training_signature(), "fingerprint": images.fingerprint}
+        checkpoint.save(state | {"precision": trainer.precision, "seconds": trainer.seconds}, record.folder)
+
+    if trainer.images and not (record.folder / "checkpoint.pt").exists():
+        save()  # weights that another run trained are this run's own from here on
+    with deferred_interrupt() as interrupted:
+        while trainer.images < run.optim.images:
+            count = min(run.optim.batch, run.optim.images - trainer.images)
+            log.step(trainer.images, step(trainer.images, count), count)
+            at_val, at_checkpoint = log.crosses(run.eval.val_every), log.crosses(run.checkpoint_every)
+            loss, stop = None, distributed.any_of(bool(interrupted))
+            if at_val or at_checkpoint or log.crosses(log.every) or stop:
+                val = validate(trainer, images, run.eval.val_n, run.eval.batch) if at_val else {}
+                loss = log.flush(val)
+            if at_checkpoint or stop:
+                save()
+                on_checkpoint()
+            progress(trainer.images, loss)
+            if stop:
+                raise KeyboardInterrupt(*distributed.union(interrupted))
+    trainer.check_finite()
+    if not distributed.rank():
+        cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
+    if pairs:
+        mine = reflow.straightness_of(trainer, run)
+        record.write({"straightness": mine, "teacher_straightness": pairs.straightness})
+    record.trained()
+    return trainer, images
+
+
+class Log:
+    """Losses since the last line of metrics.jsonl, kept on the device so that no step waits for it."""
+
+    def __init__(self, record: Record, run: Run, images: int):
+        self.record, self.total, self.images, self.count = record, run.optim.images, images, 0
+        self.every = max(run.optim.batch, run.optim.images // 100)
+        self.losses: list[Tensor] = []
+        self.since = (images, time.perf_counter())
+        self.lr = 0.0
+
+    def step(self, before: int, result: dict[str, Any], count: int) -> None:
+        """Note a step of `count` images that began at `before`."""
+        self.images, self.count, self.lr = before + count, count, result["lr"]
+        self.losses.append(result["loss"])
+
+    def crosses(self, interval: int) -> bool:
+        """The last step reached a multiple of `interval`, or the end."""
+        return self.images // interval > (self.images - self.count) // interval or self.images >= self.total
+
+    def flush(self, more: dict[str, float]) -> float:
+        """Write the mean loss since the last line, and `more`. Raises NonFinite, before anything is saved."""
+        losses = distributed.total(torch.stack(self.losses))
+        loss = losses.mean().item()
+        if not math.isfinite(loss):
+            steps = len(losses) - int(losses.isfinite().logical_not().nonzero()[0]) - 1
+            raise NonFinite(
+                f"the loss became {loss} at {self.images - steps * self.count} images; the last good checkpoint is "
+                f"kept in {self.record.folder}. Try a lower optim.lr, or optim.precision=fp32"
+            )
+        (images, begin), now = self.since, time.perf_counter()
+        rate = round((self.images - images) / (now - begin), 1)
+        self.record.write({"images": self.images, "loss": loss, "lr": self.lr, "images_per_second": rate} | more)
+        self.losses, self.since = [], (self.images, now)
+        return loss
