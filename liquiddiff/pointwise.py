@@ -87,7 +87,7 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad
         g = g.contiguous()
-        dx = product(g, weight.t().contiguous(), None) if need[0] else None
+        dx = product(g, weight.t(), None) if need[0] else None
         if not (need[1] or need[2]):
             return dx, None, None, g if need[3] else None
         dw, db = _weight_gradient(g.flatten(0, -2), x.flatten(0, -2))
