@@ -89,10 +89,10 @@ class ODE(LTC):
         x, drive, elapsed = full(x_BMHW), full(drive_BMHW), full(elapsed_B111)
         self.evaluations = 0
 
-        def field(s: Tensor, x_BMHW: Tensor) -> Tensor:
+        def field(s: Tensor, x_BHWM: Tensor) -> Tensor:
             """d/ds over s in [0, 1], which every sample reaches after its own |t|; nothing is divided by t."""
             self.evaluations += 1
-            return elapsed * self.field(x_BMHW, drive)
+            return (elapsed * self.field(x_BHWM.permute(0, 3, 1, 2), drive)).permute(0, 2, 3, 1)
 
         with full_precision(x):
             if x.is_meta:  # no values, so no error to control: as many products as a solution takes
@@ -100,7 +100,11 @@ class ODE(LTC):
             options = {"norm": worst_sample, "first_step": 0.25}
             ends = torch.tensor([0.0, 1.0], device=x.device)
             odeint = peer("torchdiffeq").odeint
-            return odeint(field, x, ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=options)[-1]
+            # In the order of memory, for torchdiffeq's own tensors are in that of the dimensions.
+            states = odeint(
+                field, x.permute(0, 2, 3, 1), ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=options
+            )
+            return states[-1].permute(0, 3, 1, 2)
 
 
 def worst_sample(error_BMHW: Tensor) -> Tensor:
