@@ -130,9 +130,8 @@ class Features:
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """The features, batch by batch."""
         features = []
-        few = (
-            16 if self.spec.rgb else 64
-        )  # of ImageNet's size: glibc gives back more than 32 MB at each free, and faults
+        # Of ImageNet's size few: what is above 32 MB glibc gives back at each free, and faults in again.
+        few = 16 if self.spec.rgb else 64
         for batch in images_NCHW.split(few if self.device.type == "cpu" else 256):
             batch = batch.to(self.device)
             batch = batch.expand(-1, 3, -1, -1) if self.spec.rgb and batch.shape[1] == 1 else batch

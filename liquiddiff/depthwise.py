@@ -94,8 +94,8 @@ _PLAIN = (Tensor, nn.Parameter)
 def literal() -> Iterator[None]:
     """Within, the network is as one would write it: for tests and benchmarks.
 
-    `depthwise` is `depthwise_reference`, `fused` is torch, 1x1 products are convolutions, the spatial mix's kernels
-    are not merged, and the layout is that of the input.
+    `depthwise` is `depthwise_reference`, `fused` and the selective scan are torch, 1x1 products are convolutions, the
+    spatial mix's kernels are not merged, and the layout is that of the input.
     """
     global _literal
     before, _literal = _literal, True
@@ -193,7 +193,10 @@ def _convolve(lib: _Library, x: Tensor, weight: Tensor, bias: Tensor | None, sil
 
 def silu_of(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC: Tensor | None) -> Tensor | None:
     """SiLU(depthwise + shift) in one pass; None where a gradient needs what is between, or without the C kernels."""
-    if torch.is_grad_enabled() or not native.eager(x_BCHW, weight_C1kk, bias_C):
+    tensors = (x_BCHW, weight_C1kk, bias_C) if shift_BC is None else (x_BCHW, weight_C1kk, bias_C, shift_BC)
+    if torch.is_grad_enabled() or not native.eager(*tensors):
+        return None
+    if shift_BC is not None and shift_BC.shape != x_BCHW.shape[:2]:
         return None
     if not _eligible(x_BCHW, weight_C1kk, bias_C) or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         return None

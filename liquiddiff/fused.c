@@ -197,28 +197,26 @@ void relax_backward(const float *g, const float *kept, const float *mixed, const
     run(&j, parallel, threads);
 }
 
-/* --- y = z sigmoid(z), z = x + v, where there is a v -----------------------------------------------------------*/
+/* --- y = z sigmoid(z), z = x + v -------------------------------------------------------------------------------*/
 
 static void silu(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *v = j->row[0] ? j->row[0] + b * C : NULL;
+    const float *v = j->row[0] + b * C;
     for (idx at = from; at < to; at += C)
         CHANNELS(
-            vec z = load(j->in[0] + at + c, n);
-            if (v) z += load(v + c, n);
+            const vec z = load(j->in[0] + at + c, n) + load(v + c, n);
             store(j->out[0] + at + c, z * sigmoid(z), n);)
 }
 
 static void silu_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *v = j->row[0] ? j->row[0] + b * C : NULL;
+    const float *v = j->row[0] + b * C;
     for (idx at = from; at < to; at += C)
         CHANNELS(
-            vec z = load(j->in[1] + at + c, n);
-            if (v) z += load(v + c, n);
+            const vec z = load(j->in[1] + at + c, n) + load(v + c, n);
             const vec s = sigmoid(z), d = load(j->in[0] + at + c, n) * (s * (1.0f + z * (1.0f - s)));
             store(j->out[0] + at + c, d, n);
-            if (sums) add(sums + c, d, n);)
+            add(sums + c, d, n);)
 }
 
 void silu_forward(const float *x, const float *v, float *y, TAIL) {

@@ -75,12 +75,12 @@ def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) 
     return _lean(composed, x_BCHW, n_BCHW, y_BCHW, alpha_BC)
 
 
-def silu(x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
+def silu(x_BCHW: Tensor, shift_BC: Tensor | None) -> Tensor:
     """SiLU(x + shift), (B, C, H, W)."""
-    if _fast([x_BCHW], *([] if shift_BC is None else [shift_BC])):
-        return _SiLU.apply(x_BCHW, shift_BC)
     if shift_BC is None:
         return F.silu(x_BCHW)
+    if _fast([x_BCHW], shift_BC):
+        return _SiLU.apply(x_BCHW, shift_BC)
     return _lean(lambda x, shift: F.silu(x + _image(shift)), x_BCHW, shift_BC)
 
 
@@ -89,8 +89,7 @@ def depthwise_silu(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC
     done = silu_of(x_BCHW, weight_C1kk, bias_C, shift_BC)
     if done is not None:
         return done
-    y = depthwise(x_BCHW, weight_C1kk, bias_C)
-    return F.silu(y) if shift_BC is None else silu(y, shift_BC)
+    return silu(depthwise(x_BCHW, weight_C1kk, bias_C), shift_BC)
 
 
 def backend() -> str:
@@ -269,8 +268,8 @@ class _Relax(torch.autograd.Function):
 
 class _SiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor | None) -> Tensor:
-        shift, y = None if shift is None else shift.contiguous(), _like(x)
+    def forward(ctx: Any, x: Tensor, shift: Tensor) -> Tensor:
+        shift, y = shift.contiguous(), _like(x)
         _call("silu_forward", x, [x, shift, y])
         ctx.save_for_backward(x, shift)
         return y
@@ -279,6 +278,6 @@ class _SiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, shift = ctx.saved_tensors
-        g, dx, sums = _dense(g), _like(x), None if shift is None else _sums(x, 1)
+        g, dx, sums = _dense(g), _like(x), _sums(x, 1)
         _call("silu_backward", x, [g, x, shift, dx, sums])
-        return dx, None if sums is None else sums[:, 0, 0]
+        return dx, sums[:, 0, 0]

@@ -32,11 +32,11 @@ class Pointwise(nn.Linear):
     """A 1x1 convolution, as a matrix product over the channels-last layout: (B, C, H, W) -> (B, C', H, W)."""
 
     def forward(self, x_BCHW: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
-        """See the class; with `silu`, SiLU of it; or added to `add`, (B, C', H, W)."""
+        """See the class; added to `add`, (B, C', H, W), where there is one; with `silu`, SiLU of that."""
         if is_literal():
             y = F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
-            y = F.silu(y) if silu else y
-            return y if add is None else add + y
+            y = y if add is None else add + y
+            return F.silu(y) if silu else y
         return pointwise(x_BCHW, self.weight, self.bias, silu, add)
 
 

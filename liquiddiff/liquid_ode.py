@@ -107,6 +107,6 @@ class ODE(LTC):
             return states[-1].permute(0, 3, 1, 2)
 
 
-def worst_sample(error_BMHW: Tensor) -> Tensor:
+def worst_sample(error_BHWM: Tensor) -> Tensor:
     """The largest root mean square of a sample: a large batch must not hide one that is inexact."""
-    return error_BMHW.flatten(1).square().mean(1).amax().sqrt()
+    return error_BHWM.flatten(1).square().mean(1).amax().sqrt()

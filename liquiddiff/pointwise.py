@@ -25,16 +25,18 @@ __all__ = ["onednn", "pointwise", "product"]
 def pointwise(
     x_BCHW: Tensor, weight_OC: Tensor, bias_O: Tensor | None, silu: bool = False, add_BOHW: Tensor | None = None
 ) -> Tensor:
-    """1x1 convolution, or SiLU of it, or it added to another image; (B, O, H, W), channels-last."""
+    """1x1 convolution, added to another image where there is one, or SiLU of that; (B, O, H, W), channels-last."""
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
     tensors = [t for t in (x_BHWC, weight_OC, bias_O, add) if t is not None]
     dense = x_BHWC.is_contiguous() and (add is None or add.is_contiguous())
     if dense and native.eager(*tensors) and x_BHWC.numel() and onednn():
-        if not torch.is_grad_enabled():
-            then = "swish" if silu else "none"
-            return product(x_BHWC, weight_OC, bias_O, then, add).permute(0, 3, 1, 2)
-        y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O, add)
+        if torch.is_grad_enabled():
+            y_BHWO = _Pointwise.apply(x_BHWC, weight_OC, bias_O, add)
+        elif silu and add is None:
+            return product(x_BHWC, weight_OC, bias_O, "swish").permute(0, 3, 1, 2)
+        else:
+            y_BHWO = product(x_BHWC, weight_OC, bias_O, add=add)
     else:
         y_BHWO = F.linear(x_BHWC, weight_OC, bias_O)
         y_BHWO = y_BHWO if add is None else add + y_BHWO

@@ -23,22 +23,41 @@ from liquiddiff.depthwise import is_literal
 
 __all__ = ["plain_scan", "selective_scan"]
 
+SLICE = 2**20  # states that a CPU scans at a time
+
 
 def selective_scan(
     u_BKLM: Tensor, dt_BKLM: Tensor, A_KMN: Tensor, B_BKLN: Tensor, C_BKLN: Tensor, D_KM: Tensor
 ) -> Tensor:
-    """y, (B, K, L, M), by the fastest that is here. Differentiable in all arguments (once, on the fast paths)."""
+    """y, (B, K, L, M), by the fastest that is here. Differentiable once, in all arguments."""
     tensors = (u_BKLM, dt_BKLM, A_KMN, B_BKLN, C_BKLN, D_KM)
     if is_literal():
         return plain_scan(*tensors)
     if u_BKLM.is_cuda:
         return (_cuda_kernel() or plain_scan)(*tensors)
-    fast = native.eager(*tensors) and u_BKLM.numel() and _library(A_KMN.shape[2])
+    fast = native.eager(*tensors) and _fits(*tensors) and _library(A_KMN.shape[2])
     return _Scan.apply(*tensors) if fast else plain_scan(*tensors)
+
+
+def _fits(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> bool:
+    """Tell whether the shapes are those of the legend; what is malformed is left to torch to complain about."""
+    if u.dim() != 4 or A.dim() != 3 or u.numel() == 0:
+        return False
+    N, (images, K, L, M) = A.shape[2], u.shape
+    states = (images, K, L, N)
+    return dt.shape == u.shape and A.shape == (K, M, N) and B.shape == states == C.shape and D.shape == (K, M)
 
 
 def plain_scan(u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor) -> Tensor:
     """The same in plain PyTorch."""
+    if u.device.type == "cpu" and u.numel():  # in slices of a few MB, whose memory is used again: half the time
+        count = max(1, SLICE // (u[0].numel() * A_KMN.shape[2]))
+        slices = zip(*(z.split(count) for z in (u, dt, B, C)), strict=True)
+        return torch.cat([_scan_slice(u, dt, A_KMN, B, C, D_KM) for u, dt, B, C in slices])
+    return _scan_slice(u, dt, A_KMN, B, C, D_KM)
+
+
+def _scan_slice(u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor) -> Tensor:
     decay = (dt[..., None] * A_KMN[:, None]).exp_()  # (B, K, L, M, N), Eq. 4
     drive = (dt * u)[..., None] * B[..., None, :]
     h = LinearScan.apply(decay, drive)  # Eq. 2a

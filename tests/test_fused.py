@@ -23,8 +23,7 @@ OPS = {  # images and (B, C) rows that each takes
     "adaln_mean": (adaln_mean, 1, 2),
     "gate_blend": (gate_blend, 3, 2),
     "relax_add": (relax_add, 3, 1),
-    "silu": (silu, 1, 0),
-    "silu_shift": (silu, 1, 1),
+    "silu": (silu, 1, 1),
 }
 SHAPES = [
     (3, 32, 8, 8),
@@ -123,7 +122,7 @@ def test_the_sigmoid_over_its_whole_range():
     error = (s.double() - torch.sigmoid(x.double())).abs() / torch.sigmoid(x.double())
     assert error[x > -87].max() < 4e-7 and (s[x <= -87] < 2e-38).all()
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0] * 2).view(1, 8, 1, 1)
-    y = silu(special).flatten()
+    y = silu(special, 0 * row).flatten()
     assert y[0] == torch.inf and y[2].isnan() and y[3] == 0
     sure = gate_blend(
         special, 3 * torch.ones_like(special), special.new_full((1, 8, 1, 1), 5.0), row, 0 * row
@@ -137,7 +136,7 @@ def test_the_sigmoid_over_its_whole_range():
 def test_silu_of_a_depthwise_convolution(shape, k, shifted, monkeypatch):
     """In one pass where nothing is kept for a gradient; the same bits on any threads, though blocks overlap."""
     B, C, H, W = shape
-    (x, shift), (weight, bias) = make("silu_shift", *shape)[1], torch.randn(2, C, 1, k, k)
+    (x, shift), (weight, bias) = make("silu", *shape)[1], torch.randn(2, C, 1, k, k)
     bias, shift = bias[:, 0, 0, 0], shift if shifted else None
     row = bias.double() if shift is None else bias.double() + shift.double()
     y = F.conv2d(x.double(), weight.double(), padding=k // 2, groups=C) + row.view(-1, C, 1, 1)
@@ -152,6 +151,11 @@ def test_silu_of_a_depthwise_convolution(shape, k, shifted, monkeypatch):
         torch.set_num_threads(before)
     assert_close([*found, depthwise_silu(*args)], [F.silu(y)] * 4)
     assert all(torch.equal(found[0], other) for other in found[1:])
+    with torch.no_grad():
+        double = depthwise_silu(
+            x, weight, bias, torch.ones(1, C, dtype=torch.float64)
+        )  # not the kernel's: torch's work
+    assert_close([double], [F.silu(y - row.view(-1, C, 1, 1) + bias.double().view(1, C, 1, 1) + 1)])
     if backend() == "c" and C >= 16:
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(impl, "depthwise", None)  # it is not called

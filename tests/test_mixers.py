@@ -423,8 +423,17 @@ def test_the_compiled_scan_is_the_plain_one(shape):
         assert all(map(torch.equal, mine, results(selective_scan.selective_scan, args)))
     finally:
         torch.set_num_threads(before)
+    with pytest.raises(RuntimeError):  # torch's complaint, not memory past the end
+        selective_scan.selective_scan(*args[:5], args[5][:, : shape[3] - 1])
     strided = [z.transpose(-1, -2).contiguous().transpose(-1, -2) for z in args]
     assert torch.equal(mine[0], selective_scan.selective_scan(*strided))
+
+
+def test_the_plain_scan_in_slices_is_the_same(monkeypatch):
+    args = selective_inputs(9)
+    whole = selective_scan.plain_scan(*args)
+    monkeypatch.setattr(selective_scan, "SLICE", 1)
+    torch.testing.assert_close(selective_scan.plain_scan(*args), whole, rtol=0, atol=0)
 
 
 def test_mamba_scans_all_four_ways():

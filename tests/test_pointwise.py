@@ -67,7 +67,7 @@ def test_equals_the_float64_convolution(shape, silu):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_added_is_added_and_gets_the_gradient(shape):
     (x, weight, bias), g = make(*shape)
-    add = g.roll(1, 0) + 1
+    add = (g + 1).flip(0).contiguous(memory_format=torch.channels_last)
     args = [x, weight, bias, add]
     want = results(lambda *a: a[3] + conv(*a[:3]), [t.double() for t in args], g.double())
 
@@ -78,6 +78,9 @@ def test_what_is_added_is_added_and_gets_the_gradient(shape):
     assert_close(results(added, [*args[:3], add.contiguous()], g), want)  # torch's layout
     with torch.no_grad():
         assert_close([added(*args)], want[:1])
+        assert_close([pointwise(*args[:3], True, add)], [F.silu(want[0])])
+    if impl.onednn():
+        assert added(x, weight.requires_grad_(), bias, add).grad_fn.next_functions[0][0].name() == "_PointwiseBackward"
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")

@@ -96,7 +96,8 @@ def test_adaln_starts_as_layer_norm():
 
 
 def test_merged_spatial_mix_is_the_sum_of_its_scales():
-    mix, x, temb = SpatialMix(8, 4, [3, 5, 7], pool=True, concat=False), torch.randn(2, 8, 9, 9), torch.randn(2, 4)
+    mix, temb = SpatialMix(32, 4, [3, 5, 7], pool=True, concat=False), torch.randn(2, 4)
+    x = torch.randn(2, 32, 9, 9).contiguous(memory_format=torch.channels_last)
     n = mix.norm(x, temb)
     literal = sum(scale(n) for scale in mix.scales) + mix.pool(n.mean((2, 3)))[:, :, None, None]
     expected = x + mix.out(torch.nn.functional.silu(literal))
