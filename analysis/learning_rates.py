@@ -1,4 +1,4 @@
-"""Learning rates, chosen for every mixer by one rule: of the same three, the lowest whose held-out loss ties the best.
+"""Learning rates, chosen for every mixer by one rule: of one grid, the lowest whose held-out loss ties the best.
 
     python experiments/run.py experiment=mixer seed=0 optim.lr=4e-3,8e-3,16e-3 jobs=2
     python -m analysis.learning_rates [experiment=mixer] [out=DIR] [seed=0]
