@@ -23,6 +23,7 @@ deviations of one seed is found in 60 % of rooms of 11 arms with 3 seeds, agains
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -210,12 +211,12 @@ def best(values: Mapping[str, Values], lower_is_better: bool = True) -> set[str]
 
 
 def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int, int]:
-    """SD of a paired difference, pooled over the arms; the fewest pairs; how many arms have two. (nan, 0, 0): none."""
+    """SD of a paired difference, pooled over the arms; the pairs that most have; the arms with two. Or (nan, 0, 0)."""
     pairs = [d for arm in values if arm != baseline and len(d := paired(values[arm], values.get(baseline, {}))) > 1]
     if not pairs:
         return math.nan, 0, 0
     squares = sum(float(((d - d.mean()) ** 2).sum()) for d in pairs)
-    return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), min(map(len, pairs)), len(pairs)
+    return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), statistics.mode(map(len, pairs)), len(pairs)
 
 
 def power(shift: float, df: float, alpha: float = ALPHA) -> float:
