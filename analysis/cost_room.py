@@ -7,7 +7,6 @@ import csv
 import ctypes
 import gc
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -144,17 +143,8 @@ def tables(bench: Bench, mixers: str, sizes: list[str]) -> None:
 
 def write_tables(room: Path, check: bool = False) -> int:
     """The same for the folder `room`; `check` writes nothing. Returns 1 where that finds other tables, else 0."""
-    page = room / "README.md"
-    before = page.read_text()
-    text = render.place(before, speed_table(read(room / "results.csv")), str(page), "speed")
-    text = render.place(text, memory_table(read(room / "memory.csv")), str(page), "memory")
-    if check and text != before:
-        print(f"not of today's results: {page}; python -m analysis.cost table", file=sys.stderr)
-        return 1
-    if not check:
-        page.write_text(text)
-        print(f"wrote {page}")
-    return 0
+    tables = {"speed": speed_table(read(room / "results.csv")), "memory": memory_table(read(room / "memory.csv"))}
+    return render.update(room / "README.md", tables, check, "python -m analysis.cost table")
 
 
 def speed_table(rows: Rows) -> str:

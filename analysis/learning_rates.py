@@ -4,8 +4,8 @@
     python -m analysis.learning_rates [experiment=mixer] [out=DIR] [seed=0]
 
 Writes the room's learning_rates.csv (tier, data, arm, lr, seed, images, val_loss, fd, chosen), keeping rows of runs
-that are no longer here. From then on the room trains each arm at its chosen rate (compose.of_room); arms that are not
-in the file, and other rooms, train at the tier's.
+that are no longer here. From then on the room trains each arm at its chosen rate (compose.of_room); arms with fewer
+than three rates in the file, and other rooms, train at the tier's.
 """
 
 import sys
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 
 FILE = "learning_rates.csv"
 KEY = ["tier", "data", "arm", "lr", "seed"]
+LEAST = 3  # rates of an arm to choose from
 TIE = 1e-3  # of val_loss, which a seed moves by 0.0005 to 0.003: one seed tells no rates apart that are nearer
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials in order, with `chosen` marking each arm's lowest rate whose val_loss is within TIE of its best."""
     trials = trials.sort_values(KEY).reset_index(drop=True)
-    tied = trials["val_loss"] <= trials.groupby(KEY[:3])["val_loss"].transform("min") + TIE
+    arms = trials.groupby(KEY[:3])
+    tied = trials["val_loss"] <= arms["val_loss"].transform("min") + TIE
+    tied &= arms["lr"].transform("nunique") >= LEAST
     trials["chosen"] = tied & ~trials.where(tied).duplicated(KEY[:3])
     return trials
 

@@ -113,12 +113,12 @@ def _beside(bench: Bench, run: Run, side: int, channels: int, scale: int) -> dic
 
 def evaluation(bench: Bench) -> Iterator[Row]:
     """A second arm's evaluation against sampling plus the extractor's forward, and what it extracts beyond n images."""
-    for extractor, n in (("digits", 1024), ("effnet_lite0", 1024)):  # the laptop tier's tiny one, and a real one
-        yield from _evaluation(bench, extractor, n, nfe=8)
+    for extractor in ("digits", "effnet_lite0"):  # the laptop tier's tiny one, and a real one
+        yield from _evaluation(bench, extractor)
 
 
-def _evaluation(bench: Bench, name: str, n: int, nfe: int) -> Iterator[Row]:
-    run = Run()
+def _evaluation(bench: Bench, name: str) -> Iterator[Row]:
+    n, nfe, run = 1024, 8, Run()
     run = replace(run, eval=replace(run.eval, n=n, nfe=[nfe], extractor=name))
     trainer, digits = bench.trainer(run.model, 8, 1), open_data(run.data, run.cache)
     nn.init.normal_(trainer.ema.net.head[2].weight, std=0.02)  # type: ignore[union-attr, index, arg-type]

@@ -1,7 +1,10 @@
 """A table as Markdown and as LaTeX, and the places in files where it stands."""
 
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from analysis.stats import Difference
 from liquiddiff.config import BadInput
@@ -144,3 +147,20 @@ def place(text: str, body: str, where: str, name: str = "", kind: str = "table")
         raise BadInput(f"{where} must have the lines {begin} and {end} once each, in their place")
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n{body}\n{end}{after}"
+
+
+def update(page: Path, tables: Mapping[str, str], check: bool, again: str) -> int:
+    """Write the tables into the page, each in its place; `check` writes nothing, and `again` is the command that would.
+
+    Returns 1 where `check` finds others, else 0.
+    """
+    before = text = page.read_text()
+    for name, body in tables.items():
+        text = place(text, body, str(page), name)
+    if check and text != before:
+        print(f"not of today's results: {page}; {again}", file=sys.stderr)
+        return 1
+    if not check:
+        page.write_text(text)
+        print(f"wrote {page}")
+    return 0

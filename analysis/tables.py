@@ -79,7 +79,7 @@ def what_it_changes(root: Path, arm: str) -> str:
 
 
 def tuned_arms(folder: Path, experiment: "Experiment", rows: pd.DataFrame) -> set[str]:
-    """Arms whose rows are all of the rate that learning_rates.csv chose, of two or more of the first arm's grid."""
+    """Arms whose rows are all of the rate that learning_rates.csv chose, of the first arm's grid."""
     path = folder / "learning_rates.csv"
     if not path.exists():
         return set()
@@ -87,9 +87,9 @@ def tuned_arms(folder: Path, experiment: "Experiment", rows: pd.DataFrame) -> se
     here = trials[(trials["tier"] == rows["tier"].iloc[0]) & (trials["data"] == rows["data"].iloc[0])]
     grids = {str(arm): set(group["lr"]) for arm, group in here.groupby("arm")}
     first = grids.get(experiment.arms[0], set())
-    chosen = {str(arm): group.loc[group["chosen"], "lr"].item() for arm, group in here.groupby("arm")}
+    chosen = {str(arm): set(group["lr"]) for arm, group in here[here["chosen"]].groupby("arm")}
     trained = {str(arm): set(pd.to_numeric(group["lr"])) for arm, group in rows.groupby("arm")}
-    return {a for a, grid in grids.items() if 2 <= len(grid) and grid <= first and trained.get(a) == {chosen[a]}}
+    return {arm for arm, rate in chosen.items() if grids[arm] <= first and trained.get(arm) == rate}
 
 
 def values_of(rows: pd.DataFrame, experiment: "Experiment", column: str) -> Values:

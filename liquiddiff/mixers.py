@@ -84,7 +84,7 @@ class CfC(nn.Module):
 
 
 class Head(nn.Sequential):
-    """A product, or SiLU(DW3x3) and a product."""
+    """A product, or DW3x3, SiLU and a product, where the first two may be one pass; a Sequential for its names."""
 
     def forward(self, z_BMHW: Tensor) -> Tensor:
         """(B, M, H, W) -> (B, C, H, W)."""

@@ -50,16 +50,7 @@ def write(check: bool) -> int:
         "hour": table(["tier=hour"], list(CARDS), SHARE),
         "celebahq": table(["tier=paper"], list(CARDS), SHARE),
     }
-    text = before = PAGE.read_text()
-    for name, content in tables.items():
-        text = render.place(text, content, str(PAGE), name)
-    if check and text != before:
-        print(f"not of today's counts: {PAGE}; python slurm/plan.py docs", file=sys.stderr)
-        return 1
-    if not check:
-        PAGE.write_text(text)
-        print(f"wrote {PAGE}")
-    return 0
+    return render.update(PAGE, tables, check, "python slurm/plan.py docs")
 
 
 def main(argv: list[str]) -> int:

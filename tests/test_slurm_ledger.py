@@ -81,7 +81,7 @@ def test_the_page_on_clusters_holds_todays_tables(tmp_path, monkeypatch, capsys)
     whole = (Path(__file__).parents[1] / "docs/clusters.md").read_text()
     plan.PAGE.write_text(old := whole.replace("| tiny 64x64 | fp32 |", "| tiny 64x64 | fp33 |"))
     assert plan.main(["docs", "--check"]) == 1 and plan.PAGE.read_text() == old != whole
-    assert "not of today's counts" in capsys.readouterr().err
+    assert "not of today's results" in capsys.readouterr().err
     assert plan.main(["docs"]) == 0 and plan.PAGE.read_text() == whole
 
 

@@ -130,7 +130,8 @@ def test_tuned_arms_have_the_first_one_s_grid_and_the_rate_that_it_chose(root):
     fill(root, [row | {"lr": rates.get(row["arm"], "")} for row in results()])
     grid = {"baseline": (0.001, 0.002), "good": (0.002, 0.001), "bad": (0.002,), "alike": (0.001, 0.002)}
     trials = [(tier, arm, lr) for tier in ("laptop", "hour") for arm, rates in grid.items() for lr in rates]
-    lines = [f"{tier},digits,{arm},{lr},{lr == 0.002}" for tier, arm, lr in [*trials, ("hour", "bad", 0.002)]]
+    # Of one rate alone `learning_rates.choose` chooses none.
+    lines = [f"{tier},digits,{arm},{lr},{lr == 0.002 and arm != 'bad'}" for tier, arm, lr in trials]
     (root / "room/learning_rates.csv").write_text("\n".join(["tier,data,arm,lr,chosen", *lines]))
     names = [line[0].text for line in one(root).rows]
     assert names == ["baseline", "good", "bad †", "alike †", "absent †", "real"]
