@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H W space, D time embedding, M hidden width. It never names a mixer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,13 @@ class AdaLN(nn.Module):
         super().__init__()
         self.modulation = ZeroLinear(time_dim, 2 * dim)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class; and x itself, of which the rest of the block goes on (see fused.adaln)."""
         scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)  # (B, C) each
         return fused.adaln(x_BCHW, scale, shift)
 
-    def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and its mean over positions, (B, C)."""
+    def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and the mean of the first over positions, (B, C)."""
         scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)
         return fused.adaln_mean(x_BCHW, scale, shift)
 
@@ -51,11 +52,11 @@ class SpatialMix(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
-        n, mean = self.norm.with_mean(x_BCHW, temb_BD)
+        n, x_BCHW, mean = self.norm.with_mean(x_BCHW, temb_BD)
         kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         pooled = None if self.pool is None else self.pool(mean)
         if not (self.concat or is_literal()):
-            y = fused.depthwise_silu(n, merge_kernels(kernels), torch.stack(biases).sum(0), pooled)
+            y = fused.depthwise_silu(n, merge_kernels(kernels), functools.reduce(torch.add, biases), pooled)
             return self.out(y, add=x_BCHW)
         scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
         if self.concat:
@@ -75,11 +76,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
-        return self.contract(self.expand(self.norm(x_BCHW, temb_BD), silu=True), add=x_BCHW)
+        n, x_BCHW = self.norm(x_BCHW, temb_BD)
+        return self.contract(self.expand(n, silu=True), add=x_BCHW)
 
     def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """Up to the first product."""
-        return self.expand(self.norm(x_BCHW, temb_BD))
+        return self.expand(self.norm(x_BCHW, temb_BD)[0])
 
     def rest(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
         """What follows `first`, which gave y."""
@@ -111,7 +113,7 @@ class LiquidDiffusionBlock(nn.Module):
         product of a step is not: depthwise convolutions, what is element by element, and the cell's heads.
         """
         if first := getattr(self.mixer, "first", None):
-            z = step(lambda x, temb: first(self.norm(x, temb)), x, temb)
+            z = step(lambda x, temb: first(self.norm(x, temb)[0]), x, temb)
             x = step(lambda x, z, temb, t: self._mixed(x, temb, t, z), x, z, temb, t)
         else:
             x = step(self._mixed, x, temb, t)
@@ -120,7 +122,7 @@ class LiquidDiffusionBlock(nn.Module):
 
     def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
         """All but the feed-forward; `z` is what the mixer's `first` gave."""
-        n = self.norm(x_BCHW, temb_BD)
+        n, x_BCHW = self.norm(x_BCHW, temb_BD)
         mixer: Any = self.mixer
         y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
         if self.relaxation.replaces_residual:

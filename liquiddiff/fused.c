@@ -77,14 +77,15 @@ static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
 }
 
 /* With n = LayerNorm(x) and d = (1 + scale) g: dx = rstd (d - mean(d) - n mean(d n)), dscale = sum g n, dshift = sum g;
- * row[1], where there is one, is the gradient of the mean of y. */
+ * row[1], where there is one, is the gradient of the mean of y; in[2], where there is one, is added to dx. */
 static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
     const float *scale = j->row[0] + b * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL;
     const float share = 1.0f / j->P, each = 1.0f / C;
     const float *moments = j->moments + (b * j->P + first) * 2;
     for (idx at = from; at < to; at += C) {
-        const float *g = j->in[0] + at, *x = j->in[1] + at, mean = *moments++, rstd = *moments++;
+        const float *g = j->in[0] + at, *x = j->in[1] + at, *other = j->in[2] ? j->in[2] + at : NULL;
+        const float mean = *moments++, rstd = *moments++;
         float *dx = j->out[0] + at;
         vec sum = {0}, dot = {0};
         CHANNELS(
@@ -99,7 +100,9 @@ static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) 
         const float mean_d = total(sum) * each, mean_dot = total(dot) * each;
         CHANNELS(
             const vec normed = (load(x + c, n) - mean) * rstd;
-            store(dx + c, rstd * (load(dx + c, n) - mean_d - normed * mean_dot), n);)
+            vec d = rstd * (load(dx + c, n) - mean_d - normed * mean_dot);
+            if (other) d += load(other + c, n);
+            store(dx + c, d, n);)
     }
 }
 
@@ -110,9 +113,9 @@ void adaln_forward(const float *x, const float *scale, const float *shift, float
     run(&j, parallel, threads);
 }
 
-void adaln_backward(const float *g, const float *x, const float *scale, const float *pooled, const float *moments,
-                    float *dx, float *sums, TAIL) {
-    job_t j = {.in = {g, x}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums, .kinds = 2,
+void adaln_backward(const float *g, const float *x, const float *other, const float *scale, const float *pooled,
+                    const float *moments, float *dx, float *sums, TAIL) {
+    job_t j = {.in = {g, x, other}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums, .kinds = 2,
                .body = adaln_grad, SHAPE};
     run(&j, parallel, threads);
 }

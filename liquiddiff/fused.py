@@ -28,8 +28,11 @@ LARGE = 2**22  # elements; see _parts
 PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
 
 
-def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> Tensor:
-    """(1 + scale) * LayerNorm(x) + shift, (B, C, H, W); the norm is over the channels at each position."""
+def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """(1 + scale) * LayerNorm(x) + shift, (B, C, H, W), the norm over the channels at each position; and x itself.
+
+    Where x goes on beside its norm, use the one returned: the two gradients are then added in the norm's own pass.
+    """
     if _fast([x_BCHW], scale_BC, shift_BC):
         return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, False)
 
@@ -38,16 +41,18 @@ def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5)
         return torch.addcmul(_image(shift), normed, _image(1 + scale))
 
     if is_literal():
-        return composed(x_BCHW, scale_BC, shift_BC).contiguous()  # torch's default layout
-    return _lean(composed, x_BCHW, scale_BC, shift_BC)
+        return composed(x_BCHW, scale_BC, shift_BC).contiguous(), x_BCHW  # torch's default layout
+    return _lean(composed, x_BCHW, scale_BC, shift_BC), x_BCHW
 
 
-def adaln_mean(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """`adaln` and its mean over positions, (B, C)."""
+def adaln_mean(
+    x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adaln`'s two, and the mean of the first over positions, (B, C)."""
     if _fast([x_BCHW], scale_BC, shift_BC):
         return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, True)
-    y = adaln(x_BCHW, scale_BC, shift_BC, eps)
-    return y, y.mean((2, 3))
+    y, x_BCHW = adaln(x_BCHW, scale_BC, shift_BC, eps)
+    return y, x_BCHW, y.mean((2, 3))
 
 
 def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def _parts(images: Tensor) -> Iterator[slice]:
 # --- the C library ---------------------------------------------------------------------------------------------------
 
 POINTERS = {  # of each function; then the shape, and what runs it
-    **{"adaln_forward": 6, "adaln_backward": 7, "gate_forward": 6, "gate_backward": 10},
+    **{"adaln_forward": 6, "adaln_backward": 8, "gate_forward": 6, "gate_backward": 10},
     **{"relax_forward": 5, "relax_backward": 7, "silu_forward": 3, "silu_backward": 5},
 }
 
@@ -214,18 +219,19 @@ class _AdaLN(torch.autograd.Function):
         _call("adaln_forward", x, [x, scale, shift, y, moments, sums], eps)
         ctx.save_for_backward(x, scale, moments)
         ctx.set_materialize_grads(False)
-        return y if sums is None else (y, sums[:, 0, 0] / (H * W))
+        return (y, x) if sums is None else (y, x, sums[:, 0, 0] / (H * W))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None, g_mean: Tensor | None = None) -> Any:
+    def backward(ctx: Any, g: Tensor | None, g_x: Tensor | None, g_mean: Tensor | None = None) -> Any:
         x, scale, moments = ctx.saved_tensors
         if g is None and g_mean is None:
-            return None, None, None, None, None
+            return g_x, None, None, None, None
         g = torch.zeros_like(x) if g is None else _dense(g)
         dx, sums = _like(x), _sums(x, 2)
+        other = None if g_x is None else _dense(g_x)
         pooled = None if g_mean is None else g_mean.contiguous()
-        _call("adaln_backward", x, [g, x, scale, pooled, moments, dx, sums])
+        _call("adaln_backward", x, [g, x, other, scale, pooled, moments, dx, sums])
         return dx, sums[:, 0, 0], sums[:, 0, 1], None, None
 
 

@@ -91,13 +91,14 @@ class RectifiedFlowTrainer:
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.model.train()
+        if not self.model.training:  # asked first: setting it visits every module
+            self.model.train()
         losses = self.losses(self.forward, images_BCHW, noise_BCHW, t_B)
         loss = losses[:number].sum() / count if part else losses.mean()
         self.scaler.scale(loss * distributed.size() if part else loss).backward()  # gradients are averaged, not added
         if self.optim.clip:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
+            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
