@@ -45,9 +45,7 @@ def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5)
     return _lean(composed, x_BCHW, scale_BC, shift_BC), x_BCHW
 
 
-def adaln_mean(
-    x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
+def adaln_mean(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln`'s two, and the mean of the first over positions, (B, C)."""
     if _fast([x_BCHW], scale_BC, shift_BC):
         return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, True)
