@@ -72,6 +72,10 @@ def test_an_arm_trains_samples_and_writes_a_row(arm, small, monkeypatch):
     assert [r["images"] for r in record.rows() if "loss" in r][-1] == 32
     assert all(p.isfinite().all() for p in fitted.ema.net.parameters())
 
+    fitted.model(torch.zeros(2, *run.image_shape), torch.full((2,), 0.5)).square().sum().backward()
+    memory = [p.grad.untyped_storage().data_ptr() for p in fitted.model.parameters() if p.grad is not None]
+    assert memory and len(memory) == len(set(memory))  # what two share, clipping in place would scale twice
+
 
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_is_whole(room):

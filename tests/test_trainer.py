@@ -108,13 +108,21 @@ def test_ema_half_life_is_in_images():
 
 
 def test_gradients_are_clipped():
-    fitted = fresh(clip=1e-3)
+    """All by one factor; were two to share memory, clipping in place would scale them twice."""
     seen = []
-    fitted.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(torch.stack([p.grad.norm() for p in fitted.model.parameters()]).norm().item())
-    )
-    fitted.train_step(torch.randn(4, 1, 8, 8))
-    assert seen[0] <= 1.001e-3
+    for clip in (1e-3, 1e6):
+        fitted = fresh(clip=clip)
+        with torch.no_grad():  # from the start, all but the head's are zero
+            fitted.model.head[2].weight.fill_(0.1)
+        fitted.optimizer.register_step_pre_hook(
+            lambda *_, fitted=fitted: seen.append([p.grad.clone() for p in fitted.model.parameters()])
+        )
+        fitted.train_step(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    clipped, whole = seen
+    norm = torch.stack([g.norm() for g in whole]).norm()
+    assert norm > 1e-3
+    for a, b in zip(clipped, whole, strict=True):
+        torch.testing.assert_close(a, b * 1e-3 / norm, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
