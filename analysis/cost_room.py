@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from analysis import render
-from analysis.benchmarks import Bench, images, model_of
+from analysis.benchmarks import EVALUATIONS, Bench, images, model_of
 from analysis.cli import ROOMS
 from liquiddiff import budget
 from liquiddiff.config import BadInput, Mixer, Model, choose
@@ -52,9 +52,10 @@ def measure(bench: Bench, name: str, size: str) -> dict[str, Any]:
     trainer = bench.trainer(model, side, channels)
     x, noise = images(batch, channels, side), torch.randn(batch, channels, side, side, device=bench.device)
     times = bench.rounds(
-        {"training": lambda: trainer.train_step(x), "sampling": lambda: trainer.generate(noise, 1, "euler")}
+        {"training": lambda: trainer.train_step(x), "sampling": lambda: trainer.generate(noise, EVALUATIONS, "euler")}
     )
-    rates = {f"{key}_images_per_second": round(batch / statistics.median(times[key]), 3) for key in times}
+    done = {"training": batch, "sampling": batch * EVALUATIONS}
+    rates = {f"{key}_images_per_second": round(done[key] / statistics.median(times[key]), 3) for key in times}
     return {
         **{"device": device_name(bench.device), "precision": trainer.precision, "torch": torch.__version__},
         **{"network": name, "size": size, "side": side, "params": cost.params, "macs": cost.macs, "batch": batch},

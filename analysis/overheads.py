@@ -118,8 +118,8 @@ def evaluation(bench: Bench) -> Iterator[Row]:
 
 
 def _evaluation(bench: Bench, name: str) -> Iterator[Row]:
-    n, nfe, run = 1024, 8, Run()
-    run = replace(run, eval=replace(run.eval, n=n, nfe=[nfe], extractor=name))
+    nfe, run = 8, Run()
+    n, run = run.eval.n, replace(run, eval=replace(run.eval, nfe=[nfe], extractor=name))
     trainer, digits = bench.trainer(run.model, 8, 1), open_data(run.data, run.cache)
     nn.init.normal_(trainer.ema.net.head[2].weight, std=0.02)  # type: ignore[union-attr, index, arg-type]
     extractor = metrics.load_extractor(run.eval.extractor, None, bench.device)
