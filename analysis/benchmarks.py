@@ -20,7 +20,7 @@ from liquiddiff.seeding import initialise
 from liquiddiff.trainer import RectifiedFlowTrainer
 
 Times = dict[str, list[float]]
-EVALUATIONS = 4  # of the network in a timed sampling, which always has several; images/s are those of one
+EVALUATIONS = 4  # of the network in a timed sampling, as real ones have several; images/s are those of one
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from liquiddiff import fused
 from liquiddiff.config import Model, choose
 from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
-from liquiddiff.layers import of_weights
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 
 
@@ -57,20 +56,14 @@ class SpatialMix(nn.Module):
         kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         pooled = None if self.pool is None else self.pool(mean)
         if not (self.concat or is_literal()):
-            kernel, bias = of_weights(merged, *kernels, *biases)
-            y = fused.depthwise_silu(n, kernel, bias, pooled)
+            # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
+            y = fused.depthwise_silu(n, merge_kernels(kernels), functools.reduce(torch.add, biases), pooled)
             return self.out(y, add=x_BCHW)
         scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
         if self.concat:
             pooled = None if pooled is None else pooled.repeat(1, len(scales))
             return self.out(fused.silu(torch.cat(scales, dim=1), pooled), add=x_BCHW)
         return self.out(fused.silu(torch.stack(scales).sum(0), pooled), add=x_BCHW)
-
-
-def merged(*weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The one kernel and the one bias of parallel depthwise convolutions: kernels, then biases."""
-    half = len(weights) // 2
-    return merge_kernels(weights[:half]), functools.reduce(torch.add, weights[half:])
 
 
 class FeedForward(nn.Module):

@@ -4,9 +4,7 @@ Shapes: B batch, C channels, H W space, N = H * W positions in raster order, M h
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -69,29 +67,6 @@ class SparsePointwise(Pointwise):
         return pointwise(x_BCHW, self.weight * self.mask, self.bias, silu, add)
 
 
-_made: ContextVar[dict[Any, Any] | None] = ContextVar("made", default=None)
-
-
-@contextmanager
-def frozen() -> Iterator[None]:
-    """Within, no weight changes: the many evaluations of one sampling make what follows from weights alone once."""
-    token = _made.set({})
-    try:
-        yield
-    finally:
-        _made.reset(token)
-
-
-def of_weights(make: Callable[..., Any], *weights: Tensor) -> Any:
-    """`make(*weights)`; see `frozen`."""
-    if torch.compiler.is_compiling() or (made := _made.get()) is None or torch.is_grad_enabled():
-        return make(*weights)
-    key = (make, *map(id, weights))
-    if key not in made:
-        made[key] = make(*weights), weights  # which keeps their ids theirs
-    return made[key][0]
-
-
 @cache
 def wiring(inputs: int, hidden: int) -> tuple[Tensor, Tensor]:
     """Masks of the two products inputs -> hidden -> inputs, by a neural circuit policy of `ncps` (Lechner et al. 2020).
@@ -124,18 +99,14 @@ def upsampled(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor) -> Tensor:
     counted = any(not hasattr(mode, "alive") for mode in _get_current_dispatch_mode_stack())  # memory.Live has it
     if is_literal() or torch.compiler.is_compiling() or transformed() or counted:  # multiply-adds are of the literal
         return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight_OC33, bias_O, padding=1)
-    weight, bias = of_weights(_phases, weight_OC33, bias_O)
-    return _Interleave.apply(F.conv2d(x_BCHW, weight, bias, padding=1))
+    kernels = [k for rows in _pairs(weight_OC33, 2) for k in _pairs(rows, 3)]  # (O, C, 2, 2) each
+    weight = torch.cat(kernels).contiguous(memory_format=torch.channels_last)
+    return _Interleave.apply(F.conv2d(x_BCHW, weight, bias_O.repeat(4), padding=1))
 
 
 def transformed() -> bool:
     """Tell whether torch.func is at work, which knows neither Functions of the old form nor, mapped, channels-last."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _phases(weight_OC33: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-    kernels = [k for rows in _pairs(weight_OC33, 2) for k in _pairs(rows, 3)]  # (O, C, 2, 2) each
-    return torch.cat(kernels).contiguous(memory_format=torch.channels_last), bias_O.repeat(4)
 
 
 def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from liquiddiff.config import choose
-from liquiddiff.layers import frozen
 
 # Butcher tableaux: rows of A, then b; c is the row sums (Hairer, Norsett, Wanner, "Solving ODEs I", II.1 and II.5).
 TABLEAUX: dict[str, tuple[list[list[float]], list[float]]] = {
@@ -51,15 +50,14 @@ def integrate(
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     times = (shift * u / (1 + (shift - 1) * u)).tolist()
     x = noise_BCHW
-    with frozen():
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
-            dt = t_next - t
-            slopes: list[Tensor] = []
-            for row in A:
-                stage = x
-                for a, k in zip(row, slopes, strict=True):
-                    stage = stage + dt * a * k if a else stage
-                slopes.append(velocity(stage, torch.full((len(x),), t + dt * sum(row), dtype=x.dtype, device=x.device)))
-            for weight, k in zip(b, slopes, strict=True):
-                x = x + dt * weight * k if weight else x
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        dt = t_next - t
+        slopes: list[Tensor] = []
+        for row in A:
+            stage = x
+            for a, k in zip(row, slopes, strict=True):
+                stage = stage + dt * a * k if a else stage
+            slopes.append(velocity(stage, torch.full((len(x),), t + dt * sum(row), dtype=x.dtype, device=x.device)))
+        for weight, k in zip(b, slopes, strict=True):
+            x = x + dt * weight * k if weight else x
     return x, steps * len(b)

@@ -98,7 +98,8 @@ class RectifiedFlowTrainer:
         self.scaler.scale(loss * distributed.size() if part else loss).backward()  # gradients are averaged, not added
         if self.optim.clip:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.optim.clip)
+            weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(weights, self.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,10 +5,6 @@ import math
 import pytest
 import torch
 
-from liquiddiff.budget import build
-from liquiddiff.config import Run
-from liquiddiff.layers import of_weights
-from liquiddiff.seeding import initialise
 from liquiddiff.solvers import TABLEAUX, integrate
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dopri5": 5}
@@ -111,33 +107,3 @@ def test_shift_spends_steps_near_the_noise():
     seen = []
     integrate(lambda x, t: seen.append(t[0].item()) or x, torch.ones(1, 1, 1, 1), 4, shift=3.0)
     assert seen == pytest.approx([1.0, 0.9, 0.75, 0.5])
-
-
-def test_what_follows_from_weights_alone_is_made_once_a_sampling_and_never_outlives_it():
-    net = build(Run().model, (1, 8, 8))
-    initialise(net, 0)
-    with torch.no_grad():  # the head starts at zero
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    noise, made = torch.randn(2, 1, 8, 8), []
-
-    def weighed(weight):
-        made.append(weight)
-        return 2 * weight
-
-    def velocity(x, t):
-        of_weights(weighed, net.head[2].weight)
-        return net(x, t)
-
-    with torch.inference_mode():
-        whole, _ = integrate(velocity, noise, 4)
-        x = noise
-        for t in (1.0, 0.75, 0.5, 0.25):  # by itself, outside
-            x = x - 0.25 * net(x, torch.full((2,), t))
-        assert torch.equal(whole, x) and len(made) == 1
-    with torch.no_grad():
-        for p in net.parameters():
-            p.data.mul_(0.9)  # which no version counter sees
-        assert not torch.equal(integrate(velocity, noise, 4)[0], whole) and len(made) == 2
-    integrate(velocity, noise, 4)  # with gradients, nothing is kept
-    assert len(made) == 6
