@@ -210,7 +210,7 @@ def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
         raise OSError(28, "No space left on device")
 
     def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(checkpoint, "save", full)
     monkeypatch.setattr(EMA, "update", interrupted)
@@ -224,7 +224,7 @@ def test_an_error_after_a_signal_is_an_interruption_where_the_run_is_resumed(mon
     monkeypatch.setattr("liquiddiff.distributed.size", lambda: processes)
     try:
         with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupt():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # in this thread, and handled before it goes on
             raise OSError(28, "No space left on device")
     finally:
         signal.signal(signal.SIGUSR2, before)
