@@ -115,8 +115,8 @@ void adaln_forward(const float *x, const float *scale, const float *shift, float
 
 void adaln_backward(const float *g, const float *x, const float *other, const float *scale, const float *pooled,
                     const float *moments, float *dx, float *sums, TAIL) {
-    job_t j = {.in = {g, x, other}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums, .kinds = 2,
-               .body = adaln_grad, SHAPE};
+    job_t j = {.in = {g, x, other}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
+               .kinds = 2, .body = adaln_grad, SHAPE};
     run(&j, parallel, threads);
 }
 

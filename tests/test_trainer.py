@@ -220,14 +220,17 @@ def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGUSR2, 1)])
 def test_an_error_after_a_signal_is_an_interruption_where_the_run_is_resumed(monkeypatch, number, processes):
-    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # as a scheduler's job has it
+    handlers = {signal.SIGUSR2: lambda *_: None, signal.SIGINT: signal.default_int_handler}
+    # as a scheduler's job has the first, and a shell's background job, where this may run, has not the second
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     monkeypatch.setattr("liquiddiff.distributed.size", lambda: processes)
     try:
         with pytest.raises(KeyboardInterrupt) as caught, deferred_interrupt():
-            signal.raise_signal(number)  # in this thread, and handled before it goes on
+            signal.raise_signal(number)
             raise OSError(28, "No space left on device")
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     assert caught.value.args == (number,) and isinstance(caught.value.__cause__, OSError)
 
 
