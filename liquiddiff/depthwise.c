@@ -133,22 +133,19 @@ typedef struct {
     float *y;                  /* output of the convolution, or NULL */
     const float *input, *g;    /* of the weight gradient */
     float *sums;               /* (chunks, blocks, K * K + 1, VL), or NULL */
-    idx B, H, W, C, blocks, chunk, chunks, group, groups, next;
+    idx B, H, W, C, blocks, chunk, chunks, group, groups;
 } job_t;
 
-static void worker(void *data) {
-    job_t *j = data;
-    for (idx n; (n = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->chunks * j->groups;) {
-        const idx chunk = n / j->groups, k0 = n % j->groups * j->group;
-        const idx k1 = k0 + j->group < j->blocks ? k0 + j->group : j->blocks;
-        for (idx b = chunk * j->chunk; b < (chunk + 1) * j->chunk && b < j->B; b++) {
-            const idx at = b * j->H * j->W * j->C;
-            const float *bias = j->bias ? j->bias + b * j->each : NULL;
-            if (j->y) conv_image(j->H, j->W, j->C, k0, k1, j->x + at, j->w, bias, j->silu, j->y + at);
-            if (j->sums)
-                grad_image(j->H, j->W, j->C, k0, k1, j->input + at, j->g + at,
-                           j->sums + chunk * j->blocks * (K * K + 1) * VL);
-        }
+static void piece(void *data, idx n, idx me) {
+    const job_t *j = data;
+    const idx chunk = n / j->groups, k0 = n % j->groups * j->group;
+    const idx k1 = k0 + j->group < j->blocks ? k0 + j->group : j->blocks;
+    for (idx b = chunk * j->chunk; b < (chunk + 1) * j->chunk && b < j->B; b++) {
+        const idx at = b * j->H * j->W * j->C;
+        const float *bias = j->bias ? j->bias + b * j->each : NULL;
+        if (j->y) conv_image(j->H, j->W, j->C, k0, k1, j->x + at, j->w, bias, j->silu, j->y + at);
+        if (j->sums)
+            grad_image(j->H, j->W, j->C, k0, k1, j->input + at, j->g + at, j->sums + chunk * j->blocks * (K * K + 1) * VL);
     }
 }
 
@@ -160,10 +157,6 @@ static void cut(job_t *j, idx threads) {
     j->chunks = (j->B + j->chunk - 1) / j->chunk;
     j->group = j->chunks < 2 * threads ? 32 / VL : j->blocks; /* few images: split channels too, which changes no sum */
     j->groups = (j->blocks + j->group - 1) / j->group;
-}
-
-static void run(job_t *j, void *parallel, idx threads) {
-    side_by_side(worker, j, parallel, threads > j->chunks * j->groups ? j->chunks * j->groups : threads);
 }
 
 static float *pack(const float *w, idx C, int flip) { /* (C, K * K) -> (blocks, K * K, VL) */
@@ -180,19 +173,19 @@ int dw_lanes(void) { return VL; } /* the least C */
 /* y = conv(x, w) + bias, or SiLU of it; bias is (C), with `each` (B, C), or NULL. No dimension is 0. Returns 0, or 1 when
  * out of memory. */
 int dw_forward(const float *x, const float *w, const float *bias, float *y, idx B, idx C, idx H, idx W, int each, int silu,
-               void *parallel, idx threads) {
+               const pool_t *pool, idx threads) {
     float *packed = pack(w, C, 0);
     job_t j = {.x = x, .w = packed, .bias = bias, .each = each ? C : 0, .silu = silu, .y = y, .B = B, .H = H, .W = W, .C = C};
     if (!packed) return 1;
     cut(&j, threads);
-    run(&j, parallel, threads);
+    side_by_side(piece, &j, j.chunks * j.groups, pool, threads);
     free(packed);
     return 0;
 }
 
 /* dx, dw and db may each be NULL. Returns 0, or 1 when out of memory. */
 int dw_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, idx B, idx C, idx H, idx W,
-                void *parallel, idx threads) {
+                const pool_t *pool, idx threads) {
     job_t j = {.x = g, .y = dx, .input = x, .g = g, .B = B, .H = H, .W = W, .C = C};
     cut(&j, threads);
     const idx size = j.blocks * (K * K + 1) * VL;
@@ -201,7 +194,7 @@ int dw_backward(const float *g, const float *x, const float *w, float *dx, float
     const int failed = (dx && !packed) || ((dw || db) && !sums);
     if (sums) memset(sums, 0, size * j.chunks * sizeof(float));
     j.w = packed, j.sums = sums;
-    if (!failed) run(&j, parallel, threads);
+    if (!failed) side_by_side(piece, &j, j.chunks * j.groups, pool, threads);
     for (idx n = 1; sums && n < j.chunks; n++)
         for (idx i = 0; i < size; i++) sums[i] += sums[n * size + i];
     for (idx k = 0; sums && k < j.blocks; k++)

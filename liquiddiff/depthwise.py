@@ -208,7 +208,7 @@ def silu_of(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC: Tenso
 
 def _call(function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int], *options: bool) -> None:
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if function(*pointers, *shape, *options, native.parallel(), torch.get_num_threads()):
+    if function(*pointers, *shape, *options, native.pool(), torch.get_num_threads()):
         raise MemoryError("depthwise convolution: out of memory")
 
 

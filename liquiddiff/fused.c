@@ -28,32 +28,29 @@ typedef struct job {
     float *sums;                 /* (B, pieces, kinds, C), or NULL */
     float *moments;              /* (B, P, 2): mean and 1 / standard deviation of AdaLN */
     float eps;
-    idx B, P, C, kinds, piece, pieces, next;
+    idx B, P, C, kinds, piece, pieces;
     void (*body)(const struct job *, idx b, idx first, idx last, float *sums);
 } job_t;
 
-static void worker(void *data) {
-    job_t *j = data;
-    for (idx k; (k = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->B * j->pieces;) {
-        const idx b = k / j->pieces, first = k % j->pieces * j->piece, last = first + j->piece;
-        float *sums = j->sums ? j->sums + k * j->kinds * j->C : NULL;
-        if (sums) memset(sums, 0, j->kinds * j->C * sizeof(float));
-        j->body(j, b, first, last < j->P ? last : j->P, sums);
-    }
+static void piece(void *data, idx k, idx me) {
+    const job_t *j = data;
+    const idx b = k / j->pieces, first = k % j->pieces * j->piece, last = first + j->piece;
+    float *sums = j->sums ? j->sums + k * j->kinds * j->C : NULL;
+    if (sums) memset(sums, 0, j->kinds * j->C * sizeof(float));
+    j->body(j, b, first, last < j->P ? last : j->P, sums);
 }
 
-static void run(job_t *j, void *parallel, idx threads) {
+static void run(job_t *j, const pool_t *pool, idx threads) {
     j->pieces = (j->P + j->piece - 1) / j->piece;
-    if (threads > j->B * j->pieces) threads = j->B * j->pieces;
-    side_by_side(worker, j, parallel, j->B * j->P * j->C >= SMALL ? threads : 1);
+    side_by_side(piece, j, j->B * j->pieces, pool, j->B * j->P * j->C >= SMALL ? threads : 1);
     const idx size = j->kinds * j->C;
     for (idx b = 0; j->sums && b < j->B; b++)
         for (idx k = 1; k < j->pieces; k++)
             for (idx i = 0; i < size; i++) j->sums[b * j->pieces * size + i] += j->sums[(b * j->pieces + k) * size + i];
 }
 
-#define TAIL idx B, idx P, idx C, idx piece, void *parallel, idx threads
-#define SHAPE .B = B, .P = P, .C = C, .piece = piece
+#define TAIL idx B, idx P, idx C, idx length, const pool_t *pool, idx threads
+#define SHAPE .B = B, .P = P, .C = C, .piece = length
 #define UNPACK const idx C = j->C, from = (b * j->P + first) * C, to = (b * j->P + last) * C;
 
 /* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ----------------------------------*/
@@ -110,14 +107,14 @@ void adaln_forward(const float *x, const float *scale, const float *shift, float
                    float eps, TAIL) {
     job_t j = {.in = {x}, .row = {scale, shift}, .out = {y}, .moments = moments, .sums = sums, .kinds = 1, .eps = eps,
                .body = adaln, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 void adaln_backward(const float *g, const float *x, const float *other, const float *scale, const float *pooled,
                     const float *moments, float *dx, float *sums, TAIL) {
     job_t j = {.in = {g, x, other}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
                .kinds = 2, .body = adaln_grad, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 /* --- y = s g + (1 - s) h, s = sigmoid(a f - b) -----------------------------------------------------------------*/
@@ -152,14 +149,14 @@ static void gate_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
 
 void gate_forward(const float *f, const float *g, const float *h, const float *a, const float *b, float *y, TAIL) {
     job_t j = {.in = {f, g, h}, .row = {a, b}, .out = {y}, .body = gate, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 void gate_backward(const float *grad, const float *f, const float *g, const float *h, const float *a, const float *b,
                    float *df, float *dg, float *dh, float *sums, TAIL) {
     job_t j = {.in = {grad, f, g, h}, .row = {a, b}, .out = {df, dg, dh}, .sums = sums, .kinds = 2, .body = gate_grad,
                SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 /* --- out = x + alpha n + (1 - alpha) y -------------------------------------------------------------------------*/
@@ -190,14 +187,14 @@ static void relax_grad(const job_t *j, idx b, idx first, idx last, float *sums) 
 
 void relax_forward(const float *x, const float *kept, const float *mixed, const float *alpha, float *out, TAIL) {
     job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .body = relax, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 void relax_backward(const float *g, const float *kept, const float *mixed, const float *alpha, float *dkept,
                     float *dmixed, float *sums, TAIL) {
     job_t j = {.in = {g, kept, mixed}, .row = {alpha}, .out = {dkept, dmixed}, .sums = sums, .kinds = 1,
                .body = relax_grad, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 /* --- y = z sigmoid(z), z = x + v -------------------------------------------------------------------------------*/
@@ -224,10 +221,10 @@ static void silu_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
 
 void silu_forward(const float *x, const float *v, float *y, TAIL) {
     job_t j = {.in = {x}, .row = {v}, .out = {y}, .body = silu, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }
 
 void silu_backward(const float *g, const float *x, const float *v, float *dx, float *sums, TAIL) {
     job_t j = {.in = {g, x}, .row = {v}, .out = {dx}, .sums = sums, .kinds = 1, .body = silu_grad, SHAPE};
-    run(&j, parallel, threads);
+    run(&j, pool, threads);
 }

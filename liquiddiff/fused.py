@@ -188,7 +188,7 @@ def _call(name: str, x: Tensor, tensors: Sequence[Tensor | None], *options: floa
     B, C, H, W = x.shape
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     function = getattr(_library(), name)
-    function(*pointers, *options, B, H * W, C, PIECE, native.parallel(), torch.get_num_threads())
+    function(*pointers, *options, B, H * W, C, PIECE, native.pool(), torch.get_num_threads())
 
 
 def _sums(x: Tensor, kinds: int) -> Tensor:

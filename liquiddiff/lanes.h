@@ -17,8 +17,11 @@ typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef ptrdiff_t idx;
 
-/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that both share one pool of threads. */
-typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+/* The OpenMP runtime that torch itself uses, so that both share one pool of threads. */
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    int (*thread)(void);
+} pool_t;
 
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -76,10 +79,39 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* `worker(job)` on each thread. */
-INLINE void side_by_side(void (*worker)(void *), void *job, void *parallel, idx threads) {
-    if (threads > 1 && parallel) ((parallel_t)parallel)(worker, job, (unsigned)threads, 0);
-    else worker(job);
+#define MAX_THREADS 256
+
+typedef struct {
+    void (*piece)(void *job, idx k, idx me);
+    void *job;
+    const pool_t *pool;
+    idx count, threads, next[MAX_THREADS][64 / sizeof(idx)]; /* a cache line each */
+} work_t;
+
+static void work(void *data) {
+    work_t *w = data;
+    const idx me = w->threads > 1 ? w->pool->thread() : 0;
+    for (idx i = 0; i < w->threads; i++) {
+        const idx t = (me + i) % w->threads, last = (t + 1) * w->count / w->threads;
+        for (idx k; (k = __atomic_fetch_add(w->next[t], 1, __ATOMIC_RELAXED)) < last;) w->piece(w->job, k, me);
+    }
+}
+
+/* How many threads `side_by_side` makes use of. */
+INLINE idx parts(idx count, const pool_t *pool, idx threads) {
+    if (threads > count) threads = count;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    return threads < 1 || !pool ? 1 : threads;
+}
+
+/* `piece(job, k, me)` for each k < count, on thread me < parts(...). A thread takes its own part first, in order, as
+ * torch's operators and oneDNN cut their work: so it finds in its caches what it wrote there; then what others left. */
+static void side_by_side(void (*piece)(void *, idx, idx), void *job, idx count, const pool_t *pool, idx threads) {
+    work_t w;
+    w.piece = piece, w.job = job, w.pool = pool, w.count = count, w.threads = parts(count, pool, threads);
+    for (idx t = 0; t < w.threads; t++) w.next[t][0] = t * count / w.threads;
+    if (w.threads > 1) pool->parallel(work, &w, (unsigned)w.threads, 0);
+    else work(&w);
 }
 
 INLINE float *floats(idx n) { /* NULL: out of memory */

@@ -69,13 +69,15 @@ def _cpu() -> list[str]:
 
 
 @functools.cache
-def parallel() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch is linked with: one pool of threads, never two.
+def pool() -> ctypes.Array[ctypes.c_void_p] | None:
+    """The OpenMP runtime that torch is linked with, lanes.h's pool_t: one pool of threads, never two.
 
     None where torch has another threading backend: one thread then.
     """
     try:
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value
+        runtime = ctypes.CDLL(torch._C.__file__)
+        functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
+        return (ctypes.c_void_p * 2)(*(ctypes.cast(f, ctypes.c_void_p) for f in functions))
     except (AttributeError, OSError):
         return None
 

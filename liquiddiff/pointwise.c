@@ -16,7 +16,7 @@
 typedef struct {
     const float *g, *x;
     float *sums; /* (chunks, tiles, ROWS, COLUMNS) and, at the end of each chunk, (O) */
-    idx N, O, C, rows, columns, size, chunk, chunks, next;
+    idx N, O, C, rows, columns, size, chunk, chunks;
 } job_t;
 
 /* The k-th tile's first row or column. */
@@ -32,24 +32,22 @@ static inline void tile(const float *g, const float *x, idx O, idx C, idx count,
     UNROLL for (int r = 0; r < ROWS; r++) STORE(at + r * COLUMNS, sum[r][0]), STORE(at + r * COLUMNS + VL, sum[r][1]);
 }
 
-static void worker(void *data) {
-    job_t *j = data;
-    for (idx k; (k = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->chunks;) {
-        const idx last = (k + 1) * j->chunk < j->N ? (k + 1) * j->chunk : j->N;
-        float *sums = j->sums + k * j->size, *bias = sums + j->size - j->O;
-        memset(sums, 0, j->size * sizeof(float));
-        for (idx n = k * j->chunk; n < last; n += BLOCK) {
-            const idx count = n + BLOCK < last ? BLOCK : last - n;
-            const float *g = j->g + n * j->O, *x = j->x + n * j->C;
-            float *at = sums;
-            for (idx r = 0; r < j->rows; r++)
-                for (idx c = 0; c < j->columns; c++, at += ROWS * COLUMNS)
-                    tile(g + start(r, ROWS, j->O), x + start(c, COLUMNS, j->C), j->O, j->C, count, at);
-            for (idx i = 0; i < count; i++, g += j->O) {
-                idx o = 0;
-                for (; o + VL <= j->O; o += VL) STORE(bias + o, LOAD(bias + o) + LOAD(g + o));
-                for (; o < j->O; o++) bias[o] += g[o];
-            }
+static void piece(void *data, idx k, idx me) {
+    const job_t *j = data;
+    const idx last = (k + 1) * j->chunk < j->N ? (k + 1) * j->chunk : j->N;
+    float *sums = j->sums + k * j->size, *bias = sums + j->size - j->O;
+    memset(sums, 0, j->size * sizeof(float));
+    for (idx n = k * j->chunk; n < last; n += BLOCK) {
+        const idx count = n + BLOCK < last ? BLOCK : last - n;
+        const float *g = j->g + n * j->O, *x = j->x + n * j->C;
+        float *at = sums;
+        for (idx r = 0; r < j->rows; r++)
+            for (idx c = 0; c < j->columns; c++, at += ROWS * COLUMNS)
+                tile(g + start(r, ROWS, j->O), x + start(c, COLUMNS, j->C), j->O, j->C, count, at);
+        for (idx i = 0; i < count; i++, g += j->O) {
+            idx o = 0;
+            for (; o + VL <= j->O; o += VL) STORE(bias + o, LOAD(bias + o) + LOAD(g + o));
+            for (; o < j->O; o++) bias[o] += g[o];
         }
     }
 }
@@ -58,7 +56,7 @@ int pw_rows(void) { return ROWS; }       /* the least O */
 int pw_columns(void) { return COLUMNS; } /* the least C */
 
 /* db may be NULL. Returns 0, or 1 when out of memory. */
-int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx N, idx O, idx C, void *parallel,
+int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx N, idx O, idx C, const pool_t *pool,
                        idx threads) {
     job_t j = {.g = g, .x = x, .N = N, .O = O, .C = C};
     j.rows = (O + ROWS - 1) / ROWS, j.columns = (C + COLUMNS - 1) / COLUMNS;
@@ -68,7 +66,7 @@ int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx
     j.chunks = (N + j.chunk - 1) / j.chunk;
     j.sums = floats(j.size * j.chunks);
     if (!j.sums) return 1;
-    side_by_side(worker, &j, parallel, threads > j.chunks ? j.chunks : threads);
+    side_by_side(piece, &j, j.chunks, pool, threads);
     for (idx k = 1; k < j.chunks; k++)
         for (idx i = 0; i < j.size; i++) j.sums[i] += j.sums[k * j.size + i];
     const float *at = j.sums;

@@ -73,7 +73,7 @@ def _weight_gradient(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return g.t() @ x, g.sum(0)
     dw, db = g.new_empty(outputs, C), g.new_empty(outputs)
     pointers = [t.data_ptr() for t in (g, x, dw, db)]
-    if lib.pw_weight_gradient(*pointers, N, outputs, C, native.parallel(), torch.get_num_threads()):
+    if lib.pw_weight_gradient(*pointers, N, outputs, C, native.pool(), torch.get_num_threads()):
         raise MemoryError("1x1 convolution: out of memory")
     return dw, db
 

@@ -10,8 +10,8 @@
 typedef struct {
     const float *u, *dt, *A, *B, *C, *D, *g;
     float *y, *du, *ddt, *dA, *dB, *dC, *dD; /* dA (G, N, M), dD (G, M): to be added up over images */
-    idx G, K, L, M, next;
-    int backward, failed;
+    float *room;                             /* backward: states and decays of one sequence, for each thread */
+    idx G, K, L, M;
 } job_t;
 
 #define SLOT(l, n) (((l) * N + (n)) * VL)
@@ -65,42 +65,41 @@ INLINE void back(const job_t *j, idx s, idx m, const idx lanes, const float *sta
     store(j->dD + s * M + m, dD, lanes);
 }
 
-static void worker(void *data) {
-    job_t *j = data;
-    float *states = j->backward ? floats(2 * SLOT(j->L, 0)) : NULL, *decays = states ? states + SLOT(j->L, 0) : NULL;
-    if (j->backward && !states) { j->failed = 1; return; }
-    for (idx s; (s = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->G;) {
-        if (j->backward) {
-            memset(j->dB + s * j->L * N, 0, j->L * N * sizeof(float));
-            memset(j->dC + s * j->L * N, 0, j->L * N * sizeof(float));
-        }
-        idx m = 0;
-        for (; m + VL <= j->M; m += VL) {
-            ahead(j, s, m, VL, states, decays);
-            if (j->backward) back(j, s, m, VL, states, decays);
-        }
-        if (m < j->M) {
-            ahead(j, s, m, j->M - m, states, decays);
-            if (j->backward) back(j, s, m, j->M - m, states, decays);
-        }
+static void piece(void *data, idx s, idx me) {
+    const job_t *j = data;
+    const idx size = SLOT(j->L, 0);
+    float *states = j->room ? j->room + 2 * size * me : NULL, *decays = states ? states + size : NULL;
+    if (states) {
+        memset(j->dB + s * j->L * N, 0, j->L * N * sizeof(float));
+        memset(j->dC + s * j->L * N, 0, j->L * N * sizeof(float));
     }
-    free(states);
+    idx m = 0;
+    for (; m + VL <= j->M; m += VL) {
+        ahead(j, s, m, VL, states, decays);
+        if (states) back(j, s, m, VL, states, decays);
+    }
+    if (m < j->M) {
+        ahead(j, s, m, j->M - m, states, decays);
+        if (states) back(j, s, m, j->M - m, states, decays);
+    }
 }
 
 /* Returns 0. */
 int scan_forward(const float *u, const float *dt, const float *A, const float *B, const float *C, const float *D, float *y,
-                 idx G, idx K, idx L, idx M, void *parallel, idx threads) {
+                 idx G, idx K, idx L, idx M, const pool_t *pool, idx threads) {
     job_t j = {.u = u, .dt = dt, .A = A, .B = B, .C = C, .D = D, .y = y, .G = G, .K = K, .L = L, .M = M};
-    side_by_side(worker, &j, parallel, threads > G ? G : threads);
+    side_by_side(piece, &j, G, pool, threads);
     return 0;
 }
 
 /* Returns 0, or 1 when out of memory. */
 int scan_backward(const float *u, const float *dt, const float *A, const float *B, const float *C, const float *D,
                   const float *g, float *du, float *ddt, float *dA, float *dB, float *dC, float *dD, idx G, idx K, idx L,
-                  idx M, void *parallel, idx threads) {
+                  idx M, const pool_t *pool, idx threads) {
     job_t j = {.u = u, .dt = dt, .A = A, .B = B, .C = C, .D = D, .g = g, .du = du, .ddt = ddt, .dA = dA, .dB = dB, .dC = dC,
-               .dD = dD, .G = G, .K = K, .L = L, .M = M, .backward = 1};
-    side_by_side(worker, &j, parallel, threads > G ? G : threads);
-    return j.failed;
+               .dD = dD, .G = G, .K = K, .L = L, .M = M, .room = floats(2 * SLOT(L, 0) * parts(G, pool, threads))};
+    if (!j.room) return 1;
+    side_by_side(piece, &j, G, pool, threads);
+    free(j.room);
+    return 0;
 }

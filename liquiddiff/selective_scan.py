@@ -149,7 +149,7 @@ class _Scan(torch.autograd.Function):
 def _call(name: str, tensors: list[Tensor]) -> None:
     (images, K, L, M), N = tensors[0].shape, tensors[2].shape[1]
     pointers = [z.data_ptr() for z in tensors]
-    if getattr(_library(N), name)(*pointers, images * K, K, L, M, native.parallel(), torch.get_num_threads()):
+    if getattr(_library(N), name)(*pointers, images * K, K, L, M, native.pool(), torch.get_num_threads()):
         raise MemoryError("selective scan: out of memory")
 
 
