@@ -26,13 +26,11 @@ class AdaLN(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; and x itself, of which the rest of the block goes on (see fused.adaln)."""
-        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)  # (B, C) each
-        return fused.adaln(x_BCHW, scale, shift)
+        return fused.adaln(x_BCHW, self.modulation(F.silu(temb_BD)))
 
     def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the mean of the first over positions, (B, C)."""
-        scale, shift = self.modulation(F.silu(temb_BD)).chunk(2, dim=1)
-        return fused.adaln_mean(x_BCHW, scale, shift)
+        return fused.adaln_mean(x_BCHW, self.modulation(F.silu(temb_BD)))
 
 
 class SpatialMix(nn.Module):

@@ -55,9 +55,11 @@ static void run(job_t *j, const pool_t *pool, idx threads) {
 
 /* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ----------------------------------*/
 
+/* row[0] is the scales and, beside them, the shifts, (B, 2 C) */
+
 static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *scale = j->row[0] + b * C, *shift = j->row[1] + b * C, each = 1.0f / C;
+    const float *scale = j->row[0] + b * 2 * C, *shift = scale + C, each = 1.0f / C;
     float *moments = j->moments + (b * j->P + first) * 2;
     for (idx at = from; at < to; at += C) {
         const float *x = j->in[0] + at;
@@ -77,7 +79,7 @@ static void adaln(const job_t *j, idx b, idx first, idx last, float *sums) {
  * row[1], where there is one, is the gradient of the mean of y; in[2], where there is one, is added to dx. */
 static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *scale = j->row[0] + b * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL;
+    const float *scale = j->row[0] + b * 2 * C, *pooled = j->row[1] ? j->row[1] + b * C : NULL;
     const float share = 1.0f / j->P, each = 1.0f / C;
     const float *moments = j->moments + (b * j->P + first) * 2;
     for (idx at = from; at < to; at += C) {
@@ -103,16 +105,15 @@ static void adaln_grad(const job_t *j, idx b, idx first, idx last, float *sums) 
     }
 }
 
-void adaln_forward(const float *x, const float *scale, const float *shift, float *y, float *moments, float *sums,
-                   float eps, TAIL) {
-    job_t j = {.in = {x}, .row = {scale, shift}, .out = {y}, .moments = moments, .sums = sums, .kinds = 1, .eps = eps,
+void adaln_forward(const float *x, const float *modulation, float *y, float *moments, float *sums, float eps, TAIL) {
+    job_t j = {.in = {x}, .row = {modulation}, .out = {y}, .moments = moments, .sums = sums, .kinds = 1, .eps = eps,
                .body = adaln, SHAPE};
     run(&j, pool, threads);
 }
 
-void adaln_backward(const float *g, const float *x, const float *other, const float *scale, const float *pooled,
+void adaln_backward(const float *g, const float *x, const float *other, const float *modulation, const float *pooled,
                     const float *moments, float *dx, float *sums, TAIL) {
-    job_t j = {.in = {g, x, other}, .row = {scale, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
+    job_t j = {.in = {g, x, other}, .row = {modulation, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
                .kinds = 2, .body = adaln_grad, SHAPE};
     run(&j, pool, threads);
 }

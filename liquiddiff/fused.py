@@ -28,28 +28,30 @@ LARGE = 2**22  # elements; see _parts
 PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
 
 
-def adaln(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """(1 + scale) * LayerNorm(x) + shift, (B, C, H, W), the norm over the channels at each position; and x itself.
 
-    Where x goes on beside its norm, use the one returned: the two gradients are then added in the norm's own pass.
+    `modulation` is the scales and, beside them, the shifts. Where x goes on beside its norm, use the one returned: the
+    two gradients are then added in the norm's own pass.
     """
-    if _fast([x_BCHW], scale_BC, shift_BC):
-        return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, False)
+    if _fast([x_BCHW], modulation_B2C, width=2):
+        return _AdaLN.apply(x_BCHW, modulation_B2C, eps, False)
 
-    def composed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def composed(x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.chunk(2, dim=1)  # (B, C) each
         normed = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
         return torch.addcmul(_image(shift), normed, _image(1 + scale))
 
     if is_literal():
-        return composed(x_BCHW, scale_BC, shift_BC).contiguous(), x_BCHW  # torch's default layout
-    return _lean(composed, x_BCHW, scale_BC, shift_BC), x_BCHW
+        return composed(x_BCHW, modulation_B2C).contiguous(), x_BCHW  # torch's default layout
+    return _lean(composed, x_BCHW, modulation_B2C), x_BCHW
 
 
-def adaln_mean(x_BCHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln`'s two, and the mean of the first over positions, (B, C)."""
-    if _fast([x_BCHW], scale_BC, shift_BC):
-        return _AdaLN.apply(x_BCHW, scale_BC, shift_BC, eps, True)
-    y, x_BCHW = adaln(x_BCHW, scale_BC, shift_BC, eps)
+    if _fast([x_BCHW], modulation_B2C, width=2):
+        return _AdaLN.apply(x_BCHW, modulation_B2C, eps, True)
+    y, x_BCHW = adaln(x_BCHW, modulation_B2C, eps)
     return y, x_BCHW, y.mean((2, 3))
 
 
@@ -104,8 +106,11 @@ def _image(v_BC: Tensor) -> Tensor:
     return v_BC[:, :, None, None]
 
 
-def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
-    """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
+def _fast(images: Sequence[Tensor], *rows: Tensor, width: int = 1) -> bool:
+    """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about.
+
+    A row has `width` numbers a channel.
+    """
     shape = images[0].shape
     if is_literal() or len(shape) != 4 or not native.eager(*images, *rows) or images[0].numel() == 0:
         return False
@@ -113,7 +118,7 @@ def _fast(images: Sequence[Tensor], *rows: Tensor) -> bool:
         if image.shape != shape or not image.is_contiguous(memory_format=torch.channels_last):
             return False
     for row in rows:
-        if row.shape != shape[:2]:
+        if row.shape != (shape[0], width * shape[1]):
             return False
     return _library() is not None
 
@@ -168,7 +173,7 @@ def _parts(images: Tensor) -> Iterator[slice]:
 # --- the C library ---------------------------------------------------------------------------------------------------
 
 POINTERS = {  # of each function; then the shape, and what runs it
-    **{"adaln_forward": 6, "adaln_backward": 8, "gate_forward": 6, "gate_backward": 10},
+    **{"adaln_forward": 5, "adaln_backward": 8, "gate_forward": 6, "gate_backward": 10},
     **{"relax_forward": 5, "relax_backward": 7, "silu_forward": 3, "silu_backward": 5},
 }
 
@@ -210,27 +215,27 @@ def _dense(g: Tensor) -> Tensor:
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, mean: bool) -> Any:
-        scale, shift = scale.contiguous(), shift.contiguous()
+    def forward(ctx: Any, x: Tensor, modulation: Tensor, eps: float, mean: bool) -> Any:
+        modulation = modulation.contiguous()
         B, C, H, W = x.shape
         y, moments, sums = _like(x), x.new_empty(B, H, W, 2), _sums(x, 1) if mean else None
-        _call("adaln_forward", x, [x, scale, shift, y, moments, sums], eps)
-        ctx.save_for_backward(x, scale, moments)
+        _call("adaln_forward", x, [x, modulation, y, moments, sums], eps)
+        ctx.save_for_backward(x, modulation, moments)
         ctx.set_materialize_grads(False)
         return (y, x) if sums is None else (y, x, sums[:, 0, 0] / (H * W))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, g_x: Tensor | None, g_mean: Tensor | None = None) -> Any:
-        x, scale, moments = ctx.saved_tensors
+        x, modulation, moments = ctx.saved_tensors
         if g is None and g_mean is None:
-            return g_x, None, None, None, None
+            return g_x, None, None, None
         g = torch.zeros_like(x) if g is None else _dense(g)
         dx, sums = _like(x), _sums(x, 2)
         other = None if g_x is None else _dense(g_x)
         pooled = None if g_mean is None else g_mean.contiguous()
-        _call("adaln_backward", x, [g, x, other, scale, pooled, moments, dx, sums])
-        return dx, sums[:, 0, 0], sums[:, 0, 1], None, None
+        _call("adaln_backward", x, [g, x, other, modulation, pooled, moments, dx, sums])
+        return dx, sums[:, 0].flatten(1), None, None
 
 
 class _Gate(torch.autograd.Function):

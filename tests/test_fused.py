@@ -18,12 +18,12 @@ from liquiddiff.seeding import initialise
 
 impl = importlib.import_module("liquiddiff.fused")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-OPS = {  # images and (B, C) rows that each takes
-    "adaln": (adaln, 1, 2),
-    "adaln_mean": (adaln_mean, 1, 2),
-    "gate_blend": (gate_blend, 3, 2),
-    "relax_add": (relax_add, 3, 1),
-    "silu": (silu, 1, 1),
+OPS = {  # images that each takes, rows, and how many numbers these have for a channel
+    "adaln": (adaln, 1, 1, 2),
+    "adaln_mean": (adaln_mean, 1, 1, 2),
+    "gate_blend": (gate_blend, 3, 2, 1),
+    "relax_add": (relax_add, 3, 1, 1),
+    "silu": (silu, 1, 1, 1),
 }
 SHAPES = [
     (3, 32, 8, 8),
@@ -41,10 +41,10 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler: the
 
 def make(op, B, C, H, W, dtype=torch.float32):
     """The function, its arguments, and one gradient for each of its outputs; the norm gives its input back as well."""
-    function, images, rows = OPS[op]
+    function, images, rows, width = OPS[op]
     rng = torch.Generator().manual_seed(B + C)
     x = [torch.randn(B, C, H, W, generator=rng, dtype=torch.float64) * 2 + 0.5 for _ in range(images + 2)]
-    r = [torch.randn(B, C, generator=rng, dtype=torch.float64) for _ in range(rows + 1)]
+    r = [torch.randn(B, n * C, generator=rng, dtype=torch.float64) for n in [width] * rows + [1]]
     *x, g, g_x = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in x)
     *r, g_mean = (t.to(dtype) for t in r)
     outputs = {"adaln": [g, g_x], "adaln_mean": [g, g_x, g_mean]}
@@ -97,7 +97,7 @@ def test_equals_the_float64_composition(op, shape):
 
 
 def test_the_literal_compositions_are_the_formulas():
-    (x, scale, shift), (f, g, h, a, b), (_, n, y, alpha) = (
+    (x, modulation), (f, g, h, a, b), (_, n, y, alpha) = (
         make(op, 2, 6, 3, 4, torch.float64)[1] for op in ("adaln", "gate_blend", "relax_add")
     )
 
@@ -107,8 +107,9 @@ def test_the_literal_compositions_are_the_formulas():
     centred = x - x.mean(1, keepdim=True)
     normed = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
     s = torch.sigmoid(image(a) * f - image(b))
-    assert adaln(x, scale, shift)[1] is x
-    assert_close([adaln(x, scale, shift)[0]], [normed * image(1 + scale) + image(shift)], 1e-12)
+    scale, shift = modulation.chunk(2, dim=1)
+    assert adaln(x, modulation)[1] is x
+    assert_close([adaln(x, modulation)[0]], [normed * image(1 + scale) + image(shift)], 1e-12)
     assert_close([gate_blend(f, g, h, a, b)], [s * g + (1 - s) * h], 1e-12)
     assert_close([relax_add(x, n, y, alpha)], [x + image(alpha) * n + image(1 - alpha) * y], 1e-12)
     assert_close([relax_add(x, n, y, alpha[:, :1])], [x + y + image(alpha[:, :1]) * (n - y)], 1e-12)
