@@ -13,12 +13,14 @@ import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from statistics import median
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments.compose import Launch
+from experiments.room import pace
 from liquiddiff.config import BadInput, Run
 from liquiddiff.record import Record, set_aside
 
@@ -62,33 +64,51 @@ def state_of(record: Record) -> tuple[str, int]:
 
 
 def show_plan(records: list[Record]) -> None:
-    """The grid with its budgets, states and the minutes that are left, judged by the runs already done."""
+    """The grid with its budgets, states and the minutes that are left.
+
+    These are what the committed rows took, by arm and, where there are none, by multiply-adds; scaled to this machine by
+    the runs that are done.
+    """
     from liquiddiff import budget
+
+    rows = pace()
 
     first = {(r.run.model.size, r.run.image_shape): r.run for r in records}
     base = {key: budget.meta_cost(budget.baseline(run.model), run.image_shape) for key, run in first.items()}
     costs: dict[str, Any] = {}
-    pace = []  # seconds per image and MAC of finished runs
+
+    def expected(run: Run) -> float:
+        """Seconds an image where there are such rows, else what is proportional to them."""
+        arms, macs = rows.get((run.tier, run.data.name), {}), costs[run.signature()].macs
+        each = [seconds / at for (_, at), seconds in arms.items()]
+        return arms.get((run.arm, macs)) or macs * (median(each) if each else 1)
+
+    speeds: dict[tuple[str, str], list[float]] = {}  # of this machine, beside what was expected
     for record in records:
-        key = record.run.signature()
-        costs[key] = costs.get(key) or budget.meta_cost(record.run.model, record.run.image_shape)
+        run, key = record.run, record.run.signature()
+        costs[key] = costs.get(key) or budget.meta_cost(run.model, run.image_shape)
         if record.done:
             seconds = json.loads((record.folder / "done").read_text())["seconds"]
-            pace.append(seconds / (record.run.optim.images * costs[key].macs))
+            speeds.setdefault((run.tier, run.data.name), []).append(seconds / (run.optim.images * expected(run)))
     print(f"{'run':44}{'params':>10}{'':>9}{'MACs':>10}{'':>9}  state        minutes left")
     total = 0.0
     for record in records:
         run, mine = record.run, costs[record.run.signature()]
         theirs = base[(run.model.size, run.image_shape)]
         state, images = state_of(record)
-        left = (run.optim.images - images) * mine.macs * sorted(pace)[len(pace) // 2] / 60 if pace else None
+        kind = run.tier, run.data.name
+        speed = median(speeds[kind]) if kind in speeds else 1 if kind in rows else None
+        left = (run.optim.images - images) * expected(run) * speed / 60 if speed else None
         total += left or 0
         params = f"{budget.human(mine.params):>10}{100 * (mine.params / theirs.params - 1):+8.1f}%"
         macs = f"{budget.human(mine.macs):>10}{100 * (mine.macs / theirs.macs - 1):+8.1f}%"
         share = f"{state} {100 * images // run.optim.images} %" if state == "part" else state
         print(f"{record.folder.name:44}{params}{macs}  {share:12} {'?' if left is None else f'{left:.1f}'}")
     done = sum(record.done for record in records)
-    print(f"{len(records)} runs, {done} done" + (f", {total:.0f} minutes of one process left" if pace else ""))
+    source = f"by the {done} done" if done else "at the pace of the rooms' results.csv"
+    print(
+        f"{len(records)} runs, {done} done" + (f"; {total:.0f} minutes of one process left, {source}" if total else "")
+    )
 
 
 class Pool:

@@ -6,6 +6,7 @@ This file imports neither torch nor pandas: the launcher and every table read it
 import csv
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -103,6 +104,19 @@ def chosen_rates(folder: Path) -> dict[tuple[str, str, str], float]:
     with open(path, newline="") as file:
         chosen = [row for row in csv.DictReader(file) if row["chosen"] == "True"]
     return {(row["tier"], row["data"], row["arm"]): float(row["lr"]) for row in chosen}
+
+
+def pace(root: Path = ROOT) -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    """{(tier, data set): {(arm, multiply-adds): seconds an image}}, as the rows of every room's results.csv had it."""
+    seen: dict[tuple[str, str], dict[tuple[str, int], list[float]]] = {}
+    for path in sorted(root.glob("*/results.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("seconds") and row.get("macs"):
+                    arms = seen.setdefault((row["tier"], row["data"]), {})
+                    seconds = float(row["seconds"]) / int(row["images"])
+                    arms.setdefault((row["arm"], int(row["macs"])), []).append(seconds)
+    return {key: {arm: median(found) for arm, found in arms.items()} for key, arms in seen.items()}
 
 
 def _check(experiment: Experiment, path: Path) -> None:

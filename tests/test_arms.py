@@ -16,7 +16,7 @@ import yaml
 
 from analysis import metrics
 from experiments import compose, grid
-from experiments.room import ROOT, arm_files, load_experiment, rooms
+from experiments.room import ROOT, arm_files, load_experiment, pace, rooms
 from experiments.run import main
 from liquiddiff import loop, reflow
 from liquiddiff.config import BadInput, flatten
@@ -142,6 +142,32 @@ def test_a_grid_survives_failing_and_dying_runs_skips_and_resumes(small, monkeyp
     assert "4 runs, 2 done already" in capsys.readouterr().out
     assert all(Record(run).done for run in runs)
     assert stamps == [(record.folder / "done").stat().st_mtime_ns for record in done]
+
+
+def test_the_minutes_left_are_those_of_the_rows_scaled_by_what_is_done_here(tmp_path, monkeypatch, capsys):
+    """An arm's own seconds where there are rows of its multiply-adds, else by multiply-adds; of another kind none."""
+    room, overrides = tmp_path / "room", ["ablation=conv,identity,no_relaxation", f"out={tmp_path}", "optim.images=600"]
+    room.mkdir()
+    head, macs = "arm,tier,data,images,macs,seconds\n", {"conv": 8_768_192, "baseline": 8_781_824}
+    rows = [("conv", 100, 10.0), ("conv", 100, 10.0), ("conv", 100, 70.0), ("baseline", 200, 40.0)]
+    lines = [f"{arm},laptop,digits,{images},{macs[arm]},{s}\nreal,laptop,digits,,,\n" for arm, images, s in rows]
+    (room / "results.csv").write_text(head + "".join(lines))
+    known = pace(tmp_path)
+    assert known == {("laptop", "digits"): {("conv", macs["conv"]): 0.1, ("baseline", macs["baseline"]): 0.2}}
+    monkeypatch.setattr(grid, "pace", lambda: known)
+
+    def minutes(*more):
+        assert main([*overrides, *more, "dry=true"]) == 0
+        return {line.split("-")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if "-s0" in line}
+
+    new = minutes()
+    assert new["conv"] == "1.0" and new["no_relaxation"] == "1.5"  # 600 x 0.1 s; as baseline and conv for a MAC, 0.15
+    assert float(new["identity"]) == pytest.approx(600 * 0.15 * 5.17 / 8.78 / 60, abs=0.05)
+    run = compose.plan([*overrides[1:], "ablation=conv"])[1][0]
+    Record(run).folder.mkdir(parents=True)
+    (Record(run).folder / "done").write_text(json.dumps({"seconds": 120.0}))
+    assert minutes() == {"conv": "0.0", "no_relaxation": "3.0", "identity": f"{2 * float(new['identity']):.1f}"}
+    assert set(minutes("tier=hour", "data=flowers").values()) == {"?"}
 
 
 @pytest.mark.slow
