@@ -200,7 +200,7 @@ def page(root: Path) -> str:
             f"<nav>{links}</nav>",
             "<h2>Verdicts at a glance</h2>",
             "<p>Each arm against the first of its room, by the rule of <code>analysis/stats.py</code> and the margin "
-            "that was written down before anything ran.</p>",
+            "that was written down before these runs (docs/reading.md: what was fixed, and when).</p>",
             glance + rest,
             *sections.values(),
             "</body>\n</html>\n",

@@ -158,7 +158,7 @@ def verdict(low: float, high: float, p_holm: float, margin: float, lower_is_bett
     """The rule.
 
     1. The whole interval inside ±margin: equivalent, even where the difference is significant, since differences below
-       the margin were declared not to matter before anything ran.
+       the margin were declared not to matter before the runs.
     2. Else Holm-corrected p < 0.05 and an interval that excludes 0: better or worse.
     3. Else, and always below two seeds: undecided.
     """

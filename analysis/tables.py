@@ -1,29 +1,34 @@
 """The table and the verdicts of a room, from its results.csv.
 
     python -m analysis.tables [experiment=ROOM|all] [--check]
+    python -m analysis.tables experiment=ROOM [arms=FIRST,ARM,...] [metric=NAME] [nfe=N] [margin=X]
 
 Prints them, and writes them between `<!-- table:begin -->` and `<!-- table:end -->` in the room's README.md, between
 `<!-- table:ROOM:begin -->` and `<!-- table:ROOM:end -->` in the main README.md where it has these, and as LaTeX into
 paper/tables/ROOM.tex. A room has one table for each tier and data set; the rules are in analysis/stats.py.
 --check writes nothing and exits with 1 where a file does not show what results.csv says.
+The second form asks another question of the same rows, such as whether a verdict hangs on the metric; it is printed and
+written nowhere.
 """
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from analysis import cli, render, stats
 from analysis.render import MISSING, NOT_APPLICABLE, Cell, Table
-from liquiddiff.config import BadInput
+from liquiddiff.config import BadInput, choose
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
 
 TIERS = ("laptop", "hour", "paper")
 HIGHER_IS_BETTER = ("precision", "recall")
+ASIDE = ("arms", "metric", "nfe", "margin")  # arguments that ask something else
 Values = dict[str, dict[int, float]]
 
 
@@ -199,7 +204,8 @@ def note_of(runs: pd.DataFrame, experiment: "Experiment", spread: tuple[float, i
     return (
         f"Mean ± SE (seeds); bold: the best and what is not significantly worse. n={of('n')}, {experiment.nfe} NFE, "
         f"solver {of('solver')}, extractor {of('extractor')}, reference {of('reference')}, EMA weights after "
-        f"{of('images')} images in batches of {of('batch')}, on {of('device')}. "
+        f"{of('images')} images in batches of {of('batch')}, on {of('device')}; images/s as trained, beside "
+        f"whatever else the machine did. "
         f"Made by `python experiments/run.py experiment={name}`, `python -m analysis.collect experiment={name}`, "
         f"`python -m analysis.tables experiment={name}`. Smallest difference that {seeds or 'these'} seeds show with "
         f"80 % power over {tests} {'arms' if tests > 1 else 'arm'}: {shows}; margin: {experiment.margin:g}."
@@ -218,22 +224,45 @@ def files_of(folder: Path, experiment: "Experiment", tables: list[Table]) -> dic
     return files | {repository / f"paper/tables/{table.slug}.tex": render.latex(table) for table in tables}
 
 
+def aside(experiment: "Experiment", asked: dict[str, str]) -> "Experiment":
+    """The experiment with another question. Raises BadInput for what it has no rows of."""
+    from experiments.room import METRICS
+
+    changes: dict[str, Any] = {"tiers": {}}
+    try:
+        changes |= {key: kind(asked[key]) for key, kind in (("nfe", int), ("margin", float)) if key in asked}
+    except ValueError as error:
+        raise BadInput(f"nfe= and margin= are numbers: {error}") from error
+    if "metric" in asked:
+        changes["metric"] = choose("metric", asked["metric"], METRICS)
+        changes["lower_is_better"] = asked["metric"] not in HIGHER_IS_BETTER
+    if "arms" in asked:
+        changes["arms"] = [choose("arm", arm, experiment.arms) for arm in asked["arms"].split(",")]
+    return replace(experiment, **changes)
+
+
 def main(argv: list[str], root: Path = cli.ROOMS) -> int:
     """Entry point; returns the exit status."""
-    values, flags = cli.arguments(argv, {"experiment": "all"}, ("--check",))
+    values, flags = cli.arguments(argv, {"experiment": "all"} | dict.fromkeys(ASIDE, ""), ("--check",))
+    asked = {key: values[key] for key in ASIDE if values[key]}
+    if asked and flags:
+        raise BadInput(f"--check is of the room's own question: leave out {', '.join(f'{key}=' for key in asked)}")
     stale = []
     for experiment in cli.rooms(values["experiment"], root):
+        experiment = aside(experiment, asked) if asked else experiment
         folder = root / experiment.name
         try:
-            load(folder)
+            counts = set(load(folder)["nfe"].dropna().astype(int))
         except BadInput as error:
             if values["experiment"] != "all":
                 raise
             print(error)
             continue
+        if experiment.nfe not in counts and "nfe" in asked:
+            raise BadInput(f"the rows of {experiment.name} are of nfe={', '.join(map(str, sorted(counts)))}")
         tables = tables_of(folder, experiment)
         for path, text in files_of(folder, experiment, tables).items():
-            if path.exists() and path.read_text() == text:
+            if asked or (path.exists() and path.read_text() == text):
                 continue
             stale.append(path)
             if not flags:

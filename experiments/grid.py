@@ -66,8 +66,8 @@ def state_of(record: Record) -> tuple[str, int]:
 def show_plan(records: list[Record]) -> None:
     """The grid with its budgets, states and the minutes that are left.
 
-    These are what the committed rows took, by arm and, where there are none, by multiply-adds; scaled to this machine by
-    the runs that are done.
+    These are what the committed rows took, by arm and, where there are none, by multiply-adds; scaled to this machine
+    by the runs that are done.
     """
     from liquiddiff import budget
 

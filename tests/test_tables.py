@@ -180,6 +180,29 @@ def test_files_are_written_once_and_checked(root, capsys):
     assert tables.main(["--check"], root) == 1
 
 
+def test_another_question_of_the_same_rows_is_printed_and_written_nowhere(root, capsys):
+    fill(root, [row | {"fd": str(2 - float(row["fd"]))} for row in results()])  # the other way round than fd_pixel
+    assert tables.main(["experiment=room"], root) == 0
+    before = {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    def verdicts(*asked):
+        assert tables.main(["experiment=room", *asked], root) == 0
+        said = [line.split(";")[0].split(": ") for line in capsys.readouterr().out.splitlines() if " Holm" in line]
+        return dict(said)
+
+    assert verdicts() == {"good": "better", "bad": "worse", "alike": "equivalent"}
+    assert verdicts("metric=fd", "nfe=1") == {"good": "worse", "bad": "better", "alike": "equivalent"}
+    assert verdicts("margin=0.15") == {"good": "equivalent", "bad": "worse", "alike": "equivalent"}
+    assert verdicts("arms=bad,baseline,good") == {"baseline": "better", "good": "better"}
+    assert before == {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
+    for wrong, reason in {"nfe=3": "nfe=1, 32", "margin=wide": "numbers", "arms=none": "unknown arm"}.items():
+        with pytest.raises(BadInput, match=reason):
+            tables.main(["experiment=room", wrong], root)
+    with pytest.raises(BadInput, match="leave out margin="):
+        tables.main(["--check", "margin=1"], root)
+
+
 def test_markdown_and_latex_are_well_formed(root):
     fill(root, results())
     table = one(root)
