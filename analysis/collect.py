@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from liquiddiff.config import Run
 
 COLUMNS = [
-    *"arm seed tier data data_fingerprint signature commit device images batch n reference extractor".split(),
-    *("solver", "nfe", "ema", *SCORES, "loss", "val_loss"),
+    *"arm seed tier data data_fingerprint signature commit device dtype images batch n reference extractor".split(),
+    *("weights", "solver", "nfe", "ema", *SCORES, "loss", "val_loss"),
     *"params macs images_per_second peak_mib seconds lr".split(),
 ]
 WHOLE = frozenset("seed images batch n nfe ema params macs".split())
@@ -106,8 +106,9 @@ def rows_of(found: Found) -> list[Row]:
     run, facts = found.run, found.facts
     place = {"tier": run.tier, "data": run.data.name, "data_fingerprint": facts.get("data_fingerprint")}
     same = {
-        **{key: facts.get(key) for key in COLUMNS if key in facts},
+        **{key: facts.get(key) for key in COLUMNS if key in facts and key not in SCORES},
         **place,
+        "dtype": facts.get("precision"),  # of the arithmetic; the column of that name is a score
         "arm": run.arm,
         "seed": run.seed,
         "signature": found.signature,
@@ -120,7 +121,8 @@ def rows_of(found: Found) -> list[Row]:
     if found.floor and found.evaluations:
         reference = f"{facts.get('data_fingerprint')}/{int(found.floor['reference_n'])}"
         scores = {key: found.floor.get(key) for key in ("n", *SCORES)}
-        floor = {**place, "arm": "real", "reference": reference, "extractor": found.evaluations[0]["extractor"]}
+        last = found.evaluations[0]
+        floor = {**place, "arm": "real", "reference": reference} | {k: last.get(k) for k in ("extractor", "weights")}
         rows.append(floor | scores)
     return [{column: text(column, row.get(column)) for column in COLUMNS} for row in rows]
 

@@ -102,7 +102,7 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
             if key == fd or key in SCORES:
                 by_nfe[nfe]["fd" if key == fd else key] = value
         same = {"n": run.eval.n, "extractor": run.eval.extractor, "solver": run.eval.solver}
-        same["reference"] = tags.get("reference")
+        same |= {"reference": tags.get("reference"), "weights": tags.get("floor_weights")}
         facts: Row = {**tags, "loss": last.get("loss"), "val_loss": last.get("val_loss")}
         # "None" was written for a score that could not be taken.
         known = {key: tags[f"floor_{key}"] for key in FLOOR if tags.get(f"floor_{key}", "None") != "None"}

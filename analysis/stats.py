@@ -35,8 +35,8 @@ from scipy.optimize import brentq
 
 from liquiddiff.config import BadInput
 
-LEVEL, ALPHA, POWER, RESAMPLES = 0.95, 0.05, 0.8, 10_000
-PROTOCOL = "n reference extractor solver nfe data_fingerprint images batch".split()
+LEVEL, ALPHA, POWER, RESAMPLES, ROOMS = 0.95, 0.05, 0.8, 10_000, 1_000
+PROTOCOL = "n reference extractor weights solver nfe data_fingerprint dtype images batch".split()
 
 Values = Mapping[int, float]
 
@@ -219,31 +219,30 @@ def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int, 
     return math.sqrt(squares / sum(len(d) - 1 for d in pairs)), statistics.mode(map(len, pairs)), len(pairs)
 
 
-def power(shift: float, df: float, alpha: float = ALPHA) -> float:
-    """Power of the two-sided t test with `df` degrees of freedom, for a true difference of `shift` standard errors.
-
-    The noncentral t as an average over the quantiles of the sample SD: scipy's own fails at one degree of freedom.
-    """
-    critical = stats.t.ppf(1 - alpha / 2, df)
-    sd = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, df) / df)
-    return float((stats.norm.cdf(shift - critical * sd) + stats.norm.cdf(-shift - critical * sd)).mean())
-
-
 def detectable(sd: float, n: int, arms: int = 1) -> float:
     """The smallest difference that n seeds show with 80 % power in a room of `arms` that vary alike.
 
-    It must pass both halves of the verdict: Holm's hardest step with the moderated variance, and an interval of its own
-    that excludes zero. nan where n < 2 or the spread is unknown.
+    `sd` is that of a paired difference. nan where n < 2 or the spread is unknown.
     """
-    if n < 2 or not math.isfinite(sd):
-        return math.nan
-    pooled = max(n - 1, arms * (n - 1) / (1 + (arms - 1) / 4))  # as in `moderated`
+    return least(n, arms) * sd if n > 1 and math.isfinite(sd) else math.nan
 
-    def least(df: float, alpha: float) -> float:
-        top = 6 * stats.t.ppf(1 - alpha / 2, df)  # standard errors: enough for every n
-        return float(brentq(lambda shift: power(shift, df, alpha) - POWER, 0, top, xtol=1e-6))
 
-    return max(least(pooled, ALPHA / arms), least(n - 1, ALPHA)) * sd / math.sqrt(n)
+@cache
+def least(n: int, arms: int) -> float:
+    """`detectable` in units of the SD, by a simulation of the rule: both halves of the verdict have to be passed.
+
+    In each simulated room of normal seeds, one arm differs: from which shift on is its p value small enough for Holm's
+    hardest step, and its interval free of zero? Neither variance nor the interval's width depend on the shift.
+    """
+    rng, needed = np.random.RandomState(0), []
+    for _ in range(ROOMS):
+        base, *others = rng.normal(0, math.sqrt(0.5), (arms + 1, n))
+        differences = [arm - base for arm in others]
+        variance, df = moderated(differences)[0]
+        critical = stats.t.ppf(1 - ALPHA / arms / 2, df) * math.sqrt(variance / n)
+        low, _ = interval(differences[0])
+        needed.append(max(critical - float(differences[0].mean()), -low))
+    return float(np.quantile(needed, POWER))
 
 
 def plain(value: Any) -> str:
@@ -252,14 +251,18 @@ def plain(value: Any) -> str:
 
 
 def check_protocol(rows: Iterable[Mapping[str, Any]], varies: Sequence[str] = ()) -> None:
-    """Raise BadInput, naming the difference, unless all rows were measured alike in everything but `varies`."""
+    """Raise BadInput, naming the difference, unless all rows were measured alike in everything but `varies`.
+
+    What a row does not tell (an older one has no `weights` and `dtype`) is not held against it.
+    """
     rows = list(rows)
     for column in PROTOCOL:
         if column in varies:
             continue
         first: dict[Any, Mapping[str, Any]] = {}
         for row in rows:
-            first.setdefault(row[column], row)
+            if (value := row.get(column)) not in (None, "") and value == value:  # nor nan
+                first.setdefault(value, row)
         if len(first) > 1:
             where = ", ".join(
                 f"{plain(value)} in {row['arm']} (seed {plain(row['seed'])})" for value, row in first.items()

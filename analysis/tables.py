@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TIERS = ("laptop", "hour", "paper")
 HIGHER_IS_BETTER = ("precision", "recall")
+TEXTS = ("signature", "commit", "data_fingerprint", "reference", "weights", "dtype")  # columns, not numbers
 ASIDE = ("arms", "metric", "nfe", "margin")  # arguments that ask something else
 Values = dict[str, dict[int, float]]
 
@@ -36,7 +37,7 @@ def load(folder: Path) -> pd.DataFrame:
     """A room's results.csv. Raises BadInput where it has no rows yet."""
     path = folder / "results.csv"
     try:
-        frame = pd.read_csv(path, dtype={key: str for key in ("signature", "commit", "data_fingerprint", "reference")})
+        frame = pd.read_csv(path, dtype={key: str for key in TEXTS})
     except (OSError, pd.errors.EmptyDataError):
         frame = pd.DataFrame()
     if frame.empty:
@@ -179,12 +180,12 @@ def floor_line(
 ) -> list[Cell]:
     """Real images against other real images: what a perfect generator would score at this n."""
     cells = [Cell("") for _ in like]
-    cells[0], cells[1] = Cell("real"), Cell("real images against others")
+    cells[0], cells[1] = Cell("real"), Cell("one half of the real images against the other")
     if floor.empty:
         cells[2] = Cell(MISSING)
         return cells
     row = floor[floor["extractor"] == extractor].iloc[0] if extractor in set(floor["extractor"]) else floor.iloc[0]
-    cells[1] = Cell(f"held-out real images, n={int(row['n'])}")
+    cells[1] = Cell(f"one random half of the real images against the other, n={int(row['n'])}")
     for name in metrics:
         value = float(row[name])
         place = next(k for k, text in enumerate(header) if text.split(" ")[0] == render.label(name, extractor))
@@ -236,6 +237,9 @@ def aside(experiment: "Experiment", asked: dict[str, str]) -> "Experiment":
     if "metric" in asked:
         changes["metric"] = choose("metric", asked["metric"], METRICS)
         changes["lower_is_better"] = asked["metric"] not in HIGHER_IS_BETTER
+        if asked["metric"] != experiment.metric and "margin" not in asked:
+            margin = f"the margin {experiment.margin:g} is one of {experiment.metric}"
+            raise BadInput(f"{margin}: give metric= with a margin=")
     if "arms" in asked:
         changes["arms"] = [choose("arm", arm, experiment.arms) for arm in asked["arms"].split(",")]
     return replace(experiment, **changes)

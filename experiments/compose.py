@@ -89,11 +89,23 @@ def one(overrides: list[str]) -> Launch:
 
 
 def of_room(room: Experiment, overrides: list[str]) -> Launch:
-    """An arm as `room` trains it: with the room's overrides, and at the rate chosen for it there if none is given."""
+    """An arm as `room` trains it: with the room's overrides, and at the rate chosen for it there if none is given.
+
+    The rate was chosen at the room's own size and budget, and is the arm's at no other.
+    """
     launch = one([*room.overrides, *overrides])
-    if not any(override.startswith("optim.lr=") for override in [*room.overrides, *overrides]):
-        launch.optim.lr = room.rates.get((launch.tier, launch.data.name, launch.arm), launch.optim.lr)
+    rate = room.rates.get((launch.tier, launch.data.name, launch.arm))
+    if rate and not any(override.startswith("optim.lr=") for override in [*room.overrides, *overrides]):
+        own = ("tier", "data", "data.path", "ablation")
+        kept = [override for override in overrides if override.split("=")[0] in own]
+        if budget_of(launch) == budget_of(one([*room.overrides, *kept])):
+            launch.optim.lr = rate
     return launch
+
+
+def budget_of(run: Run) -> tuple[str, int, int, int]:
+    """What a learning rate hangs on, beside the arm and the data."""
+    return run.model.size, run.data.resolution, run.optim.images, run.optim.batch
 
 
 @cache

@@ -59,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.strerror or error}{where}: nothing is lost; mend it and give the same command again",
               file=sys.stderr)  # fmt: skip
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(f"error: {str(error).splitlines()[0]} Nothing is lost. Give optim.checkpointing=true, a smaller "
+              "optim.batch or, for the evaluation, eval.batch", file=sys.stderr)  # fmt: skip
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130

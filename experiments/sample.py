@@ -91,7 +91,8 @@ def load(name: str, device):  # type: ignore[no-untyped-def]
             raise BadInput(f"run={name} is neither a run folder nor published weights ({why})") from error
         config = getattr(net, "_hub_mixin_config", {})
         shape = (config.get("in_channels", 3), *2 * (config.get("resolution", 256),))
-        prediction = "velocity"
+        trained = (folder.parent / "run.yaml").exists()  # a run's model/, which alone does not tell what it predicts
+        prediction = read_run(folder.parent).flow.prediction if trained else "velocity"
     net = net.to(device).eval()
     return lambda x, t: PREDICTIONS[prediction][1](net(x, t), x, per_image(t)), shape
 

@@ -38,16 +38,21 @@ def save(state: dict[str, Any], folder: Path) -> None:
     sync_folder(folder)
 
 
-def load(folder: Path) -> dict[str, Any] | None:
+def load(folder: Path, mine: bool = False) -> dict[str, Any] | None:
     """The newest sound checkpoint on the CPU, or None where there is none. Never executes pickled code.
 
-    Raises Damaged where checkpoints exist but none is sound.
+    The holder of the run's lock says `mine`: a damaged file is then put aside, lest the next `save` keeps it in the
+    place of the sound one. Raises Damaged where checkpoints exist but none is sound.
     """
+    damaged: list[Path] = []
     found = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt") if path.exists()]
     for path in found:
         content = path.read_bytes()
         if hashlib.sha256(memoryview(content)[DIGEST:]).hexdigest().encode() == content[:DIGEST]:
+            for other in damaged if mine else []:
+                os.replace(other, other.with_suffix(".damaged"))
             return torch.load(io.BytesIO(memoryview(content)[DIGEST:]), map_location="cpu", weights_only=True)
+        damaged.append(path)
         print(f"checkpoint {path} is damaged (its checksum does not match), trying the one before", flush=True)
     if found:
         raise Damaged(

@@ -16,7 +16,7 @@ from liquiddiff import budget, checkpoint, distributed, flow, reflow
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.data import ImageData, open_data
 from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device
-from liquiddiff.record import Follower, Record
+from liquiddiff.record import Follower, Record, own_code
 from liquiddiff.seeding import initialise
 from liquiddiff.solvers import TABLEAUX
 from liquiddiff.trainer import NonFinite, RectifiedFlowTrainer, validate
@@ -29,8 +29,8 @@ def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
     return RectifiedFlowTrainer(net, device=device, seed=run.seed, flow=run.flow, optim=run.optim)
 
 
-def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> float:
-    """Continue from the folder's newest sound checkpoint. Returns the training seconds it already took.
+def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[float, list[str]]:
+    """Continue from the folder's newest sound checkpoint: the seconds of its training, and the commits that did it.
 
     A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
     Raises BadInput for a checkpoint of another configuration or other data.
@@ -38,17 +38,21 @@ def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> 
     state, source = distributed.agreed(None if distributed.rank() else find_state(trainer, record, fingerprint))
     if state is None:
         record.rewind(-1)
-        return 0.0
+        return 0.0, []
     trainer.load_state(state)
     if not record.done:
         record.rewind(trainer.images, source)
-    return state["seconds"]
+    commits = state.get("commits") or [source.env().get("commit", "")]  # older checkpoints do not tell
+    if source.folder != record.folder and commits[-1] != own_code()[0]:
+        when = commits[-1][:10] or "an unknown commit"
+        print(f"note: the weights are those of {source.folder.name}, trained at {when}")
+    return state["seconds"], commits
 
 
 def find_state(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[dict[str, Any] | None, Record]:
     """What `restore` continues from, if anything, and whose it is."""
     mine = {"training": record.run.training_signature(), "fingerprint": fingerprint, "precision": trainer.precision}
-    state, source = checkpoint.load(record.folder), record
+    state, source = checkpoint.load(record.folder, mine=True), record
     if state is None and (twin := record.twin()):
         with suppress(checkpoint.Damaged):
             found = checkpoint.load(twin.folder)
@@ -56,9 +60,11 @@ def find_state(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) 
                 state, source = found, twin
     for key, value in mine.items():
         if state and state[key] != value:
+            kind = "a device of the same kind resumes it, and any device a run of optim.precision=fp32; else "
             raise BadInput(
                 f"the checkpoint in {source.folder} has {key} {state[key]}, this run has {value}; "
-                "give another out=DIR, or force=true to start again (the old folder is kept)"
+                f"{kind if key == 'precision' else ''}give another out=DIR, or force=true to start again "
+                "(the old folder is kept)"
             )
     return state, source
 
@@ -103,7 +109,10 @@ def fit(
     with distributed.first():
         images = open_data(run.data, run.cache)
     trainer = prepare(run, device)
-    before = trainer.seconds = restore(trainer, record, images.fingerprint)
+    before, commits = restore(trainer, record, images.fingerprint)
+    trainer.seconds = before
+    if trainer.images < run.optim.images and own_code()[0] not in commits[-1:]:
+        commits.append(own_code()[0])
     pairs = reflow.open_pairs(run, record, images.fingerprint) if run.flow.reflow else None
 
     def step(start: int, count: int) -> dict[str, Any]:
@@ -117,8 +126,9 @@ def fit(
 
     size = budget.meta_cost(run.model, run.image_shape)
     record.provenance(
-        device_name(device), trainer.precision, images.fingerprint, images=len(images.images_NCHW), **asdict(size)
-    )
+        device_name(device), trainer.precision, images.fingerprint,
+        images=len(images.images_NCHW), trained_by=commits, **asdict(size),
+    )  # fmt: skip
     progress(trainer.images, None)
     log = Log(record, run, trainer.images)
     begin = time.perf_counter()
@@ -129,7 +139,8 @@ def fit(
         if distributed.rank():
             return
         state = trainer.state() | {"training": run.training_signature(), "fingerprint": images.fingerprint}
-        checkpoint.save(state | {"precision": trainer.precision, "seconds": trainer.seconds}, record.folder)
+        state |= {"precision": trainer.precision, "seconds": trainer.seconds, "commits": commits}
+        checkpoint.save(state, record.folder)
 
     if trainer.images and not (record.folder / "checkpoint.pt").exists():
         save()  # weights that another run trained are this run's own from here on

@@ -172,6 +172,8 @@ class Record:
         known = self.env() | done
         speeds = [row["images_per_second"] for row in self.rows() if row.get("images_per_second") is not None]
         facts = {key: known[key] for key in FACTS if known.get(key) is not None}
+        if known.get("trained_by"):  # not the code that measured the weights, perhaps later
+            facts["commit"] = "+".join(known["trained_by"])
         references = [{"reference": row["reference"]} for row in self.evaluations() if "reference" in row]
         speed = {"images_per_second": statistics.median(speeds)} if speeds else {}
         return facts | (references or [{}])[-1] | speed

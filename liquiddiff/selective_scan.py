@@ -12,11 +12,13 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from liquiddiff import native
 from liquiddiff.depthwise import is_literal
@@ -24,6 +26,7 @@ from liquiddiff.depthwise import is_literal
 __all__ = ["plain_scan", "selective_scan"]
 
 SLICE = 2**20  # states that a CPU scans at a time
+LEAN_SLICE = 2**26  # and a GPU
 
 
 def selective_scan(
@@ -48,13 +51,23 @@ def _fits(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
     return dt.shape == u.shape and A.shape == (K, M, N) and B.shape == states == C.shape and D.shape == (K, M)
 
 
-def plain_scan(u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor) -> Tensor:
-    """The same in plain PyTorch."""
-    if u.device.type == "cpu" and u.numel():  # in slices of a few MB, whose memory is used again: half the time
-        count = max(1, SLICE // (u[0].numel() * A_KMN.shape[2]))
-        slices = zip(*(z.split(count) for z in (u, dt, B, C)), strict=True)
-        return torch.cat([_scan_slice(u, dt, A_KMN, B, C, D_KM) for u, dt, B, C in slices])
-    return _scan_slice(u, dt, A_KMN, B, C, D_KM)
+def plain_scan(
+    u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor, lean: bool | None = None
+) -> Tensor:
+    """The same in plain PyTorch, a few images at a time.
+
+    `lean` keeps the inputs alone and computes the rest again for the gradients; by default wherever it is not a CPU,
+    where the states of all images, N times the activations, would not fit.
+    """
+    if not u.numel():
+        return _scan_slice(u, dt, A_KMN, B, C, D_KM)
+    lean = u.device.type != "cpu" if lean is None else lean
+    count = max(1, (LEAN_SLICE if lean else SLICE) // (u[0].numel() * A_KMN.shape[2]))
+    scan: Callable[..., Tensor] = _scan_slice
+    if lean and torch.is_grad_enabled():
+        scan = partial(checkpoint, _scan_slice, use_reentrant=False, preserve_rng_state=False)
+    slices = zip(*(z.split(count) for z in (u, dt, B, C)), strict=True)
+    return torch.cat([scan(u, dt, A_KMN, B, C, D_KM) for u, dt, B, C in slices])
 
 
 def _scan_slice(u: Tensor, dt: Tensor, A_KMN: Tensor, B: Tensor, C: Tensor, D_KM: Tensor) -> Tensor:

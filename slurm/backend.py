@@ -89,7 +89,11 @@ def on_slurm(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job
 
 
 def here(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], gpus: int) -> list[str]:
-    """Background processes, each with GPUs of its own. Returns their numbers."""
+    """Background processes, each with its GPUs where the profile has them, in turn. Returns their numbers."""
+    cards = own_gpus() if profile.gpus_per_node else []
+    if profile.gpus_per_node and gpus > len(cards):
+        raise BadInput(f"profile={profile.name} gives each process a GPU, and this machine shows {len(cards)}: "
+                       f"gpus={gpus} is too many; profile=cpu does without")  # fmt: skip
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited: the jobs outlive the terminal
     os.environ.update(env)
     started = []
@@ -99,7 +103,7 @@ def here(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], g
             timeout_min=FOREVER,
             tasks_per_node=gpus,
             gpus_per_node=gpus if profile.gpus_per_node else 0,
-            visible_gpus=list(range(k * gpus, (k + 1) * gpus)),
+            visible_gpus=[cards[(k * gpus + i) % len(cards)] for i in range(gpus if cards else 0)],
         )
         started.append(executor.submit(job).job_id)
     return started
@@ -108,6 +112,19 @@ def here(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], g
 def in_this_process(runs: list[Run], experiment: str | None) -> int:
     """One run after another, with the code as it is; an error is raised, for a debugger. Returns the exit status."""
     return int(any([compute_run(run, experiment) for run in runs]))
+
+
+def own_gpus() -> list[int]:
+    """The numbers of the GPUs that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        import torch
+
+        return list(range(torch.cuda.device_count()))
+    try:
+        return [int(number) for number in named.split(",") if number.strip()]
+    except ValueError as error:
+        raise BadInput(f"CUDA_VISIBLE_DEVICES={named} must name GPUs by number for cluster=local") from error
 
 
 def cpus() -> int:

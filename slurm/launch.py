@@ -30,7 +30,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import compose
+from experiments.run import check_same_images
 from liquiddiff.config import BadInput, Run, choose
+from liquiddiff.record import Record
 from slurm.ledger import Ledger, State, ask
 from slurm.nodes import load_profile, profiles
 
@@ -121,6 +123,9 @@ def submit(
         count = Counter(state.kind for state in states.values())
         todo = [absolute(run) for run in runs if states[run.name].kind in wanted]
         print(summary(count))
+        for run in runs:
+            if states[run.name].kind == "done" and run.data.path:
+                check_same_images(run, Record(run))
         if not todo:
             print("nothing to submit" + ("; retry submits the failed ones again" if count["failed"] else ""))
             return 0

@@ -1,5 +1,9 @@
 """One thread a process: two processes of two threads on two cores crawl."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+
 import pytest
 import torch
 

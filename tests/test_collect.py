@@ -63,9 +63,10 @@ def test_a_row_holds_protocol_provenance_and_scores(out, tmp_path):
     assert [(r["arm"], r["nfe"]) for r in rows] == [("baseline", "1"), ("baseline", "32"), ("real", "")]
     assert {k: v for k, v in rows[1].items() if k != "commit"} == {
         "arm": "baseline", "seed": "0", "tier": "laptop", "data": "digits", "data_fingerprint": "ab12",
-        "signature": Run().signature(), "device": "a CPU", "images": str(Run().optim.images),
+        "signature": Run().signature(), "device": "a CPU", "dtype": "fp32", "images": str(Run().optim.images),
         "batch": str(Run().optim.batch), "n": "1797",
-        "reference": "ab12/1797", "extractor": "digits", "solver": "euler", "nfe": "32", "ema": str(Run().optim.ema),
+        "reference": "ab12/1797", "extractor": "digits", "weights": "cd", "solver": "euler", "nfe": "32",
+        "ema": str(Run().optim.ema),
         "fd": "0.33125", "fd_pixel": "0.0428571", "kid": "0.001", "precision": "0.666667", "recall": "0.5",
         "loss": "0.333333", "val_loss": "0.123457", "params": "600000", "macs": "9000000",
         "images_per_second": "200", "peak_mib": "512.5", "seconds": "240", "lr": str(Run().optim.lr),

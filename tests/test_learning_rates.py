@@ -61,4 +61,7 @@ def test_every_arm_trains_at_its_chosen_rate(path):
         chosen = rows[rows["chosen"]]["lr"].item()
         assert {run.optim.lr for run in compose.plan(command)[1]} == {chosen}
         assert {run.optim.lr for run in compose.plan([*command, "optim.lr=1e-5"])[1]} == {1e-5}  # what is given wins
-        assert compose.plan(command[1:])[1][0].optim.lr == compose.plan(command[2:])[1][0].optim.lr  # the tier's
+        tiers = compose.plan(command[2:])[1][0].optim.lr
+        assert compose.plan(command[1:])[1][0].optim.lr == tiers
+        for other in ("optim.images=5000", "optim.batch=32"):  # it was not chosen for these
+            assert {run.optim.lr for run in compose.plan([*command, other])[1]} == {tiers}

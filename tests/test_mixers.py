@@ -436,6 +436,21 @@ def test_the_plain_scan_in_slices_is_the_same(monkeypatch):
     torch.testing.assert_close(selective_scan.plain_scan(*args), whole, rtol=0, atol=0)
 
 
+def test_the_lean_scan_is_the_same_and_keeps_its_inputs_alone(monkeypatch):
+    args = [z.requires_grad_() for z in selective_inputs(9)]
+    monkeypatch.setattr(selective_scan, "LEAN_SLICE", 1)
+    results = []
+    for lean in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda z, kept=kept: (kept.append(z), z)[1], lambda z: z):
+            y = selective_scan.plain_scan(*args, lean=lean)
+        results.append([y, *torch.autograd.grad(y.square().sum(), args)])
+        states = [z for z in kept if z.dim() == 5]
+        assert bool(states) is not lean
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_mamba_scans_all_four_ways():
     image = torch.arange(6.0).reshape(1, 1, 2, 3)
     ways = [scans.along(k, image).flatten().tolist() for k in range(4)]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments import compose, grid
 from experiments.run import main
-from liquiddiff import LiquidDiffusionUNet, record
+from liquiddiff import LiquidDiffusionUNet, loop, record
 from liquiddiff.config import BadInput, Run, from_dict
 from liquiddiff.device import deferred_interrupt
 from liquiddiff.record import Record
@@ -215,6 +215,9 @@ def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_p
     assert main([*options, f"data.path={tmp_path}/b/cats"]) == 2
     assert "is of other images" in capsys.readouterr().err
     assert main([*options, f"data.path={tmp_path}/a/cats"]) == 0
+    capsys.readouterr()
+    assert main([*options, f"data.path={tmp_path}/b/cats", "seed=0,1"]) == 2  # nor by a grid
+    assert "is of other images" in capsys.readouterr().err
 
 
 def test_the_names_that_are_known_without_torch_are_those_of_the_registries():
@@ -356,7 +359,58 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
                 np.abs(np.asarray(image).astype(int) - expected[k, 0].numpy()).max() <= 1
             )  # the batch rounds otherwise
     assert sample.main([f"run={folder}/model", "n=1", "nfe=2", "solver=heun", f"out={tmp_path}/published"]) == 0
+    velocity, x, t = sample.load(f"{folder}/model", "cpu")[0], torch.randn(1, 1, 8, 8), torch.full((1,), 0.5)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["flow"]["prediction"] = "data"  # as if it had been trained to predict the image
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    with torch.no_grad():
+        assert torch.allclose(sample.load(f"{folder}/model", "cpu")[0](x, t), (x - velocity(x, t)) / 0.5)
     for arguments in (["n=3"], ["run=/nowhere"], [f"run={folder}", "nfe=x"], [f"run={folder}", "solver=eular"]):
         with pytest.raises(BadInput):
             sample.main(arguments)
     assert cli.arguments(["n=3"], sample.DEFAULTS)[0]["n"] == "3"
+
+
+def test_rows_name_the_commits_that_trained_the_weights(small, monkeypatch, capsys):
+    """Not the one that measures them: weights may be older than the code, or those of another run."""
+
+    def code(name):
+        for module in (loop, record):
+            monkeypatch.setattr(module, "own_code", lambda: (name * 40, ""))
+
+    def commit(*more):
+        return Record(run_of(*more)).facts()["commit"]
+
+    def run_of(*more):
+        return compose.plan([*small, *more])[1][0]
+
+    code("a")
+    assert main([*small, "optim.images=128"]) == 0 and commit("optim.images=128") == "a" * 40
+    code("b")
+    capsys.readouterr()
+    assert main([*small, "optim.images=128", "eval.nfe=[3]"]) == 0  # the same training
+    assert "trained at aaaaaaaaaa\n" in capsys.readouterr().out
+    assert commit("optim.images=128", "eval.nfe=[3]") == "a" * 40
+
+    begun, folder = run_of("optim.images=640"), Record(run_of("optim.images=640"))
+    folder.create()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with folder.lock(), pytest.raises(KeyboardInterrupt):
+        folder.describe()
+        loop.fit(begun, folder, on_checkpoint=stop)
+    code("c")
+    loop.train(begun)
+    assert commit("optim.images=640") == "b" * 40 + "+" + "c" * 40
+
+
+def test_a_full_device_is_one_line_with_the_way_out(small, monkeypatch, capsys):
+    def full(*more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "fit", full)
+    assert main([*small]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: CUDA out of memory") and "optim.checkpointing=true" in said and "more" not in said

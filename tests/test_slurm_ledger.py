@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,9 +18,10 @@ import yaml
 from experiments import compose
 from liquiddiff.config import BadInput
 from liquiddiff.record import Record, code_version
-from slurm import launch, plan
+from slurm import backend, launch, plan
 from slurm.job import state_path
 from slurm.ledger import Ledger, State, Submission, progress
+from slurm.nodes import load_profile
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,32 @@ def test_a_process_that_waits_for_another_is_requeued_too(tmp_path):
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert said[0][0] == "requeued\n"
+
+
+def test_background_jobs_share_the_gpus_that_there_are(tmp_path, monkeypatch):
+    given, t4 = [], load_profile("t4")
+
+    class Executor:
+        def __init__(self, folder, **more):
+            pass
+
+        def update_parameters(self, visible_gpus, **more):
+            given.append(visible_gpus)
+
+        def submit(self, job):
+            return SimpleNamespace(job_id="1")
+
+    monkeypatch.setattr(backend.submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(signal, "signal", lambda *more: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    backend.here(tmp_path, {}, t4, [None] * 4, 1)
+    backend.here(tmp_path, {}, t4, [None] * 2, 2)
+    assert given == [[2], [3], [5], [2], [2, 3], [5, 2]]
+    backend.here(tmp_path, {}, load_profile("cpu"), [None], 2)
+    assert given.pop() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(BadInput, match=r"this machine shows 0.*profile=cpu"):
+        backend.here(tmp_path, {}, t4, [None], 1)
 
 
 @pytest.mark.slow

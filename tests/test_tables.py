@@ -111,7 +111,7 @@ def test_missing_runs_and_single_seeds_are_named_not_hidden(root):
 def test_the_floor_has_its_own_n(root):
     fill(root, results())
     line = cells(one(root), "real")
-    assert line["what it changes"].text == "held-out real images, n=898"
+    assert line["what it changes"].text == "one random half of the real images against the other, n=898"
     assert line["fd_pixel ↓"].text == "0.2800"
 
 
@@ -192,11 +192,13 @@ def test_another_question_of_the_same_rows_is_printed_and_written_nowhere(root, 
         return dict(said)
 
     assert verdicts() == {"good": "better", "bad": "worse", "alike": "equivalent"}
-    assert verdicts("metric=fd", "nfe=1") == {"good": "worse", "bad": "better", "alike": "equivalent"}
+    assert verdicts("metric=fd", "nfe=1", "margin=0.03") == {"good": "worse", "bad": "better", "alike": "equivalent"}
     assert verdicts("margin=0.15") == {"good": "equivalent", "bad": "worse", "alike": "equivalent"}
     assert verdicts("arms=bad,baseline,good") == {"baseline": "better", "good": "better"}
     assert before == {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
-    for wrong, reason in {"nfe=3": "nfe=1, 32", "margin=wide": "numbers", "arms=none": "unknown arm"}.items():
+    wrongs = {"metric=kid": "give metric= with a margin=", "nfe=3": "nfe=1, 32", "arms=none": "unknown arm"}
+    wrongs |= {"margin=wide": "numbers"}
+    for wrong, reason in wrongs.items():
         with pytest.raises(BadInput, match=reason):
             tables.main(["experiment=room", wrong], root)
     with pytest.raises(BadInput, match="leave out margin="):

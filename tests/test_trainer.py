@@ -282,6 +282,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(content)
     assert checkpoint.load(tmp_path)["images"] == 1
     assert "damaged" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path, mine=True)["images"] == 1
+    assert (tmp_path / "checkpoint.damaged").read_bytes() == content  # not in the place of the sound one, by a save
+    checkpoint.save({"images": 3}, tmp_path)
+    assert checkpoint.load(tmp_path)["images"] == 3
+    (tmp_path / "checkpoint.pt").unlink()
+    assert checkpoint.load(tmp_path)["images"] == 1
     (tmp_path / "checkpoint.prev.pt").write_bytes(b"")
     with pytest.raises(checkpoint.Damaged, match="force=true"):
         checkpoint.load(tmp_path)
