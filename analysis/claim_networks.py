@@ -27,9 +27,7 @@ def parameters(evidence: Evidence) -> Verdict:
         own = count(evidence.networks[size])
         other = count(network(from_dict(Model, asdict(Model(size, **SIZES[size])) | wide)))
         gaps.append(abs(own / claimed - 1))
-        texts.append(
-            f"{size} {own / 1e6:.2f} M ({own / claimed - 1:+.1%}; read widely, at one time width, {other / 1e6:.1f} M)"
-        )
+        texts.append(f"{size} {own / 1e6:.2f} M ({own / claimed - 1:+.1%}; read widely {other / 1e6:.1f} M)")
     return Verdict(HOLDS if max(gaps) <= 0.15 else FAILS, ", ".join(texts))
 
 

@@ -121,8 +121,8 @@ def rows_of(found: Found) -> list[Row]:
     if found.floor and found.evaluations:
         reference = f"{facts.get('data_fingerprint')}/{int(found.floor['reference_n'])}"
         scores = {key: found.floor.get(key) for key in ("n", *SCORES)}
-        last = found.evaluations[0]
-        floor = {**place, "arm": "real", "reference": reference} | {k: last.get(k) for k in ("extractor", "weights")}
+        first = found.evaluations[0]
+        floor = {**place, "arm": "real", "reference": reference} | {k: first.get(k) for k in ("extractor", "weights")}
         rows.append(floor | scores)
     return [{column: text(column, row.get(column)) for column in COLUMNS} for row in rows]
 
