@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
-from liquiddiff import budget, checkpoint, distributed, flow, reflow
+from liquiddiff import budget, checkpoint, depthwise, distributed, flow, reflow
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.data import ImageData, open_data
 from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device
@@ -27,6 +27,11 @@ def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
     net = budget.build(run.model, run.image_shape)
     initialise(net, run.seed)
     return RectifiedFlowTrainer(net, device=device, seed=run.seed, flow=run.flow, optim=run.optim)
+
+
+def kernels(device: torch.device) -> dict[str, str]:
+    """What a speed measured on a CPU depends on besides: whether a compiler was there ("c") or not ("torch")."""
+    return {"kernels": depthwise.backend()} if device.type == "cpu" else {}
 
 
 def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[float, list[str]]:
@@ -127,7 +132,7 @@ def fit(
     size = budget.meta_cost(run.model, run.image_shape)
     record.provenance(
         device_name(device), trainer.precision, images.fingerprint,
-        images=len(images.images_NCHW), trained_by=commits, **asdict(size),
+        images=len(images.images_NCHW), trained_by=commits, **kernels(device), **asdict(size),
     )  # fmt: skip
     progress(trainer.images, None)
     log = Log(record, run, trainer.images)

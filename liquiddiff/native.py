@@ -2,7 +2,7 @@
 
 A kernel is one plain C file beside this one, and lanes.h what they share. The system's compiler makes a shared library
 of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor). Without a
-compiler, torch does the work.
+compiler, torch does the work; where a compiler fails, that is told.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 
 
+_failed: list[str] = []  # what a compiler could not build
+
+
 def load(name: str, *defines: str) -> ctypes.CDLL | None:
     """Compile `name`.c with `-D` for each of `defines`, unless it is kept already, and load it; None where that fails.
 
@@ -31,6 +35,14 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
     """
     try:
         return _build(name, [*FLAGS, *(f"-D{define}" for define in defines)])
+    except subprocess.CalledProcessError as error:
+        if not _failed:  # the others will fail alike
+            lines = error.stderr.decode(errors="replace").splitlines() or [f"exit status {error.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[-1]).strip()
+            told = f"CPU kernels: {error.cmd[0]} failed ({reason[:160]}); torch does their work, slower"
+            print(told, file=sys.stderr)
+        _failed.append(name)
+        return None
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError):
         return None
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from liquiddiff import native
 from liquiddiff.depthwise import DepthwiseConv2d, backend, depthwise, depthwise_reference, literal, merge_kernels
 
 impl = importlib.import_module("liquiddiff.depthwise")
@@ -250,6 +251,20 @@ def test_without_a_compiler_torch_gives_the_same(fresh, monkeypatch):
         got = results(depthwise, *args)
         assert_close(got, want)
         assert got[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_compiler_that_fails_is_told_once(fresh, monkeypatch, capsys):
+    broken = fresh / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'In file included:' >&2; echo 'lanes.h:9: error: no such lane' >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(native, "_failed", [])
+    monkeypatch.setenv("CC", str(broken))
+    assert backend(5) == backend(9) == "torch"
+    want = f"CPU kernels: {broken} failed (lanes.h:9: error: no such lane); torch does their work, slower\n"
+    assert capsys.readouterr().err == want
+    monkeypatch.setenv("CC", str(fresh / "missing"))
+    impl._library.cache_clear()
+    assert backend(5) == "torch" and capsys.readouterr().err == ""  # no compiler is no failure
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")

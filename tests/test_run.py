@@ -18,6 +18,7 @@ from experiments import compose, grid
 from experiments.run import main
 from liquiddiff import LiquidDiffusionUNet, loop, record
 from liquiddiff.config import BadInput, Run, from_dict
+from liquiddiff.depthwise import backend
 from liquiddiff.device import deferred_interrupt
 from liquiddiff.record import Record
 
@@ -53,6 +54,7 @@ def test_one_arm_end_to_end(small, tmp_path, capsys):
     assert [row["nfe"] for row in evaluation] == [1, 2]
     assert {"nfe", "solver", "extractor", "n", "fd", "kid", "precision", "recall", "fd_pixel"} <= evaluation[0].keys()
     env = json.loads((folder / "env.json").read_text())
+    assert env["kernels"] == backend()
     assert env["data_fingerprint"] and env["packages"]["torch"] == torch.__version__.split("+")[0]
 
     from mlflow import MlflowClient  # the same numbers are in MLflow
