@@ -3,7 +3,8 @@ the figures, curves.csv and samples/ (analysis/curves.py).
 
     python -m analysis.collect [experiment=ROOM|all] [out=DIR] [tracking_uri=URI]
 
-Reads the run folders under out= (default runs/), which hold everything, and also MLflow where tracking_uri= is given.
+Reads the run folders under out= (default runs/), which hold everything; with tracking_uri= that server's runs, and the
+folders besides where out= is given too.
 A run belongs to a room if the room lists its arm and seed and its configuration is the one that the arm has today, at
 the run's tier and data set: a run with another learning rate is another experiment. Rows of runs that are no longer
 here are kept, so several machines can add to one file, unless they are of another budget than the runs that are: these
@@ -85,18 +86,20 @@ def belonging(found: Iterable[Found], experiment: "Experiment", today: Today) ->
 def outdated(old: list[Row], runs: list[Found], experiment: "Experiment", today: Today) -> list[Row]:
     """Rows that no table may hold beside `runs`: of an arm as it was before, or of another budget in their place."""
     places = {(each.run.tier, each.run.data.name) for each in runs}
-    arms = {(each.run.arm, each.run.tier, each.run.data.name) for each in runs}
+    ran: dict[tuple[str, ...], set[str]] = defaultdict(set)  # signatures of today's arms, also by the code of their day
+    for each in runs:
+        ran[each.run.arm, each.run.tier, each.run.data.name] |= {each.today, each.signature}
 
     @cache
     def now(*key: str) -> tuple[str, ...] | None:
         run = today(experiment, *key)
-        return (str(run.optim.images), str(run.optim.batch), run.signature()) if run else None
+        return (str(run.optim.images), str(run.optim.batch)) if run else None
 
     def replaced(row: Row) -> bool:
         key = (row["arm"], row["tier"], row["data"])
         if row["arm"] not in experiment.arms or key[1:] not in places or not (is_now := now(*key)):
             return False
-        return is_now[:2] != (row["images"], row["batch"]) or (key in arms and is_now[2] != row["signature"])
+        return is_now != (row["images"], row["batch"]) or (key in ran and row["signature"] not in ran[key])
 
     return [row for row in old if replaced(row)]
 
@@ -212,7 +215,7 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, today: T
     mixed = [f"{key[2]} ({', '.join(sorted(names))})" for key, names in signatures.items() if len(names) > 1]
     if mixed:
         print(f"{experiment.name}: seeds of one arm ran under several signatures: {'; '.join(mixed)}")
-    changed = write(path, rows)
+    changed = bool(runs) and write(path, rows)  # without a run even today's columns are no news
     curve_path = folder / "curves.csv"
     points = [point for each in runs for point in curves.curve_of(each)]
     if points:

@@ -55,8 +55,10 @@ def configuration(a: Run, b: Run) -> tuple[list[tuple[str, Any, Any]], int]:
 def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
     """(what, in a, in b, difference) as text, and why there are no differences of scores ("" where there are)."""
     evaluations = [{row["nfe"]: row for row in side.rows if "nfe" in row} for side in (a, b)]
-    protocols = [{key: next(iter(each.values()))[key] for key in PROTOCOL if each} for each in evaluations]
-    differs = [key for key in PROTOCOL if all(protocols) and protocols[0][key] != protocols[1][key]]
+    protocols = [{key: next(iter(each.values())).get(key) for key in PROTOCOL if each} for each in evaluations]
+    # What an older row does not tell is not held against it.
+    told = [key for key in PROTOCOL if all(protocol.get(key) is not None for protocol in protocols)]
+    differs = [key for key in told if protocols[0][key] != protocols[1][key]]
     why = ", ".join(f"{key} {protocols[0][key]} against {protocols[1][key]}" for key in differs)
     lines = []
 
@@ -69,10 +71,11 @@ def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
 
     for key in ("loss", "val_loss"):
         curves = [[row[key] for row in side.rows if "images" in row and row.get(key) is not None] for side in (a, b)]
-        add(key, [curve[-1] if curve else None for curve in curves])
+        same = key != "loss" or a.run.flow == b.run.flow  # val_loss is the same quantity in every arm
+        add(key, [curve[-1] if curve else None for curve in curves], same)
     for nfe in sorted(set(evaluations[0]) | set(evaluations[1])):
         for key in SCORES:
-            name = render.label(key, protocols[0]["extractor"]) if not why and all(protocols) else key
+            name = render.label(key, str(protocols[0]["extractor"])) if not why and all(protocols) else key
             add(f"{name} at {nfe:g} NFE", [each.get(nfe, {}).get(key) for each in evaluations], not why)
     for key in ("params", "macs", "images_per_second", "seconds", "peak_mib"):
         add(key, [side.facts.get(key) for side in (a, b)])

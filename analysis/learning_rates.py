@@ -53,7 +53,12 @@ def trial(found: Found, today: "Run", nfe: float) -> dict[str, object] | None:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
-    values, _ = cli.arguments(argv, {"experiment": "mixer", "out": "runs", "seed": "0"})
+    values, _ = cli.arguments(argv, {"experiment": "mixer", "out": "", "seed": "0"})
+    out = Path(values["out"] or "runs").expanduser()
+    if values["out"] and not out.is_dir():
+        raise BadInput(f"out={values['out']} is no folder")
+    if not values["seed"].isdecimal():
+        raise BadInput(f"seed={values['seed']} must be a whole number")
     for experiment in cli.rooms(values["experiment"]):
         path = cli.ROOMS / experiment.name / FILE
 
@@ -62,9 +67,9 @@ def main(argv: list[str]) -> int:
             return composed(room, arm, tier, data)
 
         rows = []
-        for found in from_folders(Path(values["out"]), experiment.arms.__contains__):
+        for found in from_folders(out, experiment.arms.__contains__):
             now = today(found.run.arm, found.run.tier, found.run.data.name)
-            if now and str(found.run.seed) == values["seed"] and (row := trial(found, now, experiment.nfe)):
+            if now and found.run.seed == int(values["seed"]) and (row := trial(found, now, experiment.nfe)):
                 rows.append(row)
         old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEY, "images"])
         of_today = [
@@ -76,10 +81,11 @@ def main(argv: list[str]) -> int:
         if trials.empty:
             if values["experiment"] == "all":
                 continue
-            raise BadInput(f"no finished run of experiment={experiment.name} under {values['out']}; run the grid first")
+            raise BadInput(f"no finished run of experiment={experiment.name} under {out}; run the grid first")
         trials = choose(trials.drop_duplicates(KEY, keep="last"))
         trials.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
         print(trials.to_string(index=False))
+        print(f"{experiment.name}: {len(rows)} of these runs found under {out}")
     return 0
 
 

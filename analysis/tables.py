@@ -107,13 +107,22 @@ def values_of(rows: pd.DataFrame, experiment: "Experiment", column: str) -> Valu
     return values
 
 
+def floor_of(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of real images that were measured on the images, and with the extractor, of `runs`, if there are any."""
+    floor = rows[rows["arm"] == "real"]
+    if runs.empty:
+        return floor
+    same = floor["data_fingerprint"].isin(runs["data_fingerprint"]) & floor["extractor"].isin(runs["extractor"])
+    return floor[same]
+
+
 def table_of(
     rows: pd.DataFrame, experiment: "Experiment", texts: dict[str, str], tuned: set[str], title: str, slug: str
 ) -> Table:
     """One tier and data set."""
-    floor = rows[rows["arm"] == "real"]
     mine = rows["arm"].isin(experiment.arms) & rows["seed"].isin(experiment.seeds) & (rows["nfe"] == experiment.nfe)
     runs = rows[mine]
+    floor = floor_of(rows, runs)
     stats.check_protocol(({str(k): v for k, v in row.items()} for row in runs.to_dict("records")), experiment.varies)
     extractor = "/".join(sorted(runs["extractor"].astype(str).unique())) or "/".join(floor["extractor"])
     first, primary = experiment.arms[0], experiment.metric
@@ -184,7 +193,7 @@ def floor_line(
     if floor.empty:
         cells[2] = Cell(MISSING)
         return cells
-    row = floor[floor["extractor"] == extractor].iloc[0] if extractor in set(floor["extractor"]) else floor.iloc[0]
+    row = floor.iloc[0]
     cells[1] = Cell(f"one random half of the real images against the other, n={int(row['n'])}")
     for name in metrics:
         value = float(row[name])
@@ -229,7 +238,7 @@ def aside(experiment: "Experiment", asked: dict[str, str]) -> "Experiment":
     """The experiment with another question. Raises BadInput for what it has no rows of."""
     from experiments.room import METRICS
 
-    changes: dict[str, Any] = {"tiers": {}}
+    changes: dict[str, Any] = {}
     try:
         changes |= {key: kind(asked[key]) for key, kind in (("nfe", int), ("margin", float)) if key in asked}
     except ValueError as error:
@@ -242,7 +251,8 @@ def aside(experiment: "Experiment", asked: dict[str, str]) -> "Experiment":
             raise BadInput(f"{margin}: give metric= with a margin=")
     if "arms" in asked:
         changes["arms"] = [choose("arm", arm, experiment.arms) for arm in asked["arms"].split(",")]
-    return replace(experiment, **changes)
+    tiers = {tier: {k: v for k, v in own.items() if k not in changes} for tier, own in experiment.tiers.items()}
+    return replace(experiment, tiers=tiers, **changes)
 
 
 def main(argv: list[str], root: Path = cli.ROOMS) -> int:

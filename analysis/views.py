@@ -59,21 +59,21 @@ def views_of(folder: Path, experiment: "Experiment") -> list[View]:
     source = hashlib.sha256(b"".join(path.read_bytes() for path in [*committed, *strips] if path.exists())).hexdigest()
     views = []
     for title, slug, each, rows in tables.groups_of(frame, experiment):
-        floor = rows[rows["arm"] == "real"]
-        rows = rows[rows["arm"].isin(each.arms) & rows["seed"].isin(each.seeds)]
+        mine = rows["arm"].isin(each.arms) & rows["seed"].isin(each.seeds)
+        floor, rows = tables.floor_of(rows, rows[mine]), rows[mine]
         stats.check_protocol(
             ({str(k): v for k, v in row.items()} for row in rows[rows["nfe"] == each.nfe].to_dict("records")),
             each.varies,
         )
         runs, tier, data = set(zip(rows["arm"], rows["signature"], strict=True)), *(rows[["tier", "data"]].iloc[0])
-        mine = points
+        curve = points
         if len(points):
             known = np.array([pair in runs for pair in zip(points["arm"], points["signature"], strict=True)])
-            mine = points[known & (points["tier"] == tier) & (points["data"] == data)]
+            curve = points[known & (points["tier"] == tier) & (points["data"] == data)]
         own = {arm: folder / "samples" / f"{tier}-{data}-{arm}.png" for arm in each.arms}
         own = {arm: p for arm, p in own.items() if p.exists() and (arm, curves.facts_of(p)["signature"]) in runs}
         first = floor.iloc[0] if len(floor) else None
-        views.append(View(each, rows, first, mine, own, title, slug, source[:16]))
+        views.append(View(each, rows, first, curve, own, title, slug, source[:16]))
     return views
 
 

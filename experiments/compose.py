@@ -71,6 +71,8 @@ def check_overrides(overrides: list[str]) -> tuple[dict[str, str], dict[str, Any
         del keys[label]
     for override in parsed:
         key, value = override.key_or_group, override.value()
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise BadInput(f"{override.input_line}: every key is there already; write key=value, without +, ++ or ~")
         choose("key", key, keys)
         if override.is_sweep_override():
             raise BadInput(f"{override.input_line}: only ablation=, seed= and optim.lr= take a list a,b,c")
@@ -161,6 +163,7 @@ def plan(overrides: list[str]) -> tuple[Launch, list[Run]]:
     for seed in filter(None, sweeps["seed"]):
         if not seed.isdecimal():
             raise BadInput(f"seed={seed} must be a whole number, or several as seed=0,1,2")
+    sweeps["seed"] = list(dict.fromkeys(str(int(seed)) if seed else "" for seed in sweeps["seed"]))
     grid = next((o.partition("=")[2] for o in rest if o.startswith("experiment=")), None)
     cells: list[tuple[Callable[[list[str]], Launch], list[str], list[str]]]  # how a room composes; arms, seeds
     if grid in (None, "null"):

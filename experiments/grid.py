@@ -45,7 +45,10 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
     print(f"{len(records)} runs, {len(records) - len(todo)} done already, {launch.jobs} at a time", flush=True)
     failed: list[tuple[Record, str]] = []
     if todo:
-        from liquiddiff.device import cores  # late, as it imports torch: a finished grid has nothing to wait for
+        from liquiddiff.device import cores, resolve_device  # late: torch; a finished grid has nothing to wait for
+
+        resolve_device(launch.device)  # what is wrong with all of them is told once
+        todo[0].create()
 
         threads = launch.threads or max(1, cores() // launch.jobs)
         failed = Pool([record_with(record, threads) for record in todo], launch).run()
@@ -176,8 +179,8 @@ class Pool:
             message = pipe.recv()
         except (EOFError, OSError):
             process.join()
-            del self.busy[pipe]
             self.finished(record, f"its process died (exit code {process.exitcode})", begin)
+            del self.busy[pipe]
             if self.queue:
                 self.start_worker()
             return
@@ -238,6 +241,9 @@ def work(pipe: Connection, experiment: str | None = None) -> None:
                 reason = "see its log"
         except KeyboardInterrupt:
             return
+        except BadInput as error:
+            print(error, file=sys.stderr)
+            reason = str(error)
         except Exception as error:  # a run's failure must not end the grid
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

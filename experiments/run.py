@@ -2,7 +2,7 @@
 
     ablation=ARM  tier=laptop|hour|paper  data=SET  model=SIZE  seed=N  and any dotted key, e.g. optim.lr=1e-3
     experiment=ROOM|all  jobs=N     a room's whole grid; ablation=a,b and seed=0,1,2 make a grid too
-    data=folder data.path=DIR       your own images
+    data=folder data.path=DIR eval.extractor=effnet_lite0       your own images
     device=cpu|cuda|auto  threads=N  out=DIR (runs/)
     dry=true  print, run nothing    force=true  start again; the old folder is kept
 

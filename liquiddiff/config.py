@@ -232,6 +232,8 @@ def check(run: Run) -> None:
         raise BadInput(
             f"model.channels={run.model.channels} and model.blocks={run.model.blocks} must have one entry a level"
         )
+    if run.data.name == "digits" and run.data.path:
+        raise BadInput(f"data.path={run.data.path} is nothing to data=digits: give data=folder for images of your own")
     if run.eval.extractor == "digits" and run.data.name != "digits":
         raise BadInput(
             f"eval.extractor=digits reads 8x8 digits, not {run.data.name}: eval.extractor=effnet_lite0 or inception"

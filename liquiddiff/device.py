@@ -25,7 +25,9 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        reason = "no such device" if reason.startswith("Expected one of") else reason
+        raise BadInput(f"device={name} cannot be used here ({reason}): give cpu, cuda or auto") from error
 
 
 def device_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ class EMA:
     """Averaged copy of a network, `ema.net`, in evaluation mode; it follows the parameters that the network has now:
     load others into them, do not put others in their place.
 
-    The half-life grows with the images seen (at most a twentieth of them, EDM2, arXiv:2312.02696), so that a short run
+    The half-life grows with the images seen (at most a twentieth of them, EDM, arXiv:2206.00364), so that a short run
     does not average in its random start.
     """
 

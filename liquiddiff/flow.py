@@ -12,7 +12,7 @@ from torch import Tensor
 from liquiddiff.seeding import derive, generator
 
 U_SHAPE = 4.0  # Lee et al., arXiv:2405.20320, section 4.1: p(t) ~ exp(a t) + exp(a (1 - t))
-HUBER = 0.00054  # c / sqrt(dimensions) of the pseudo-Huber loss, the same paper's section 4.2
+HUBER = 0.00054  # c / sqrt(dimensions) of iCT's pseudo-Huber, arXiv:2310.14189; in Lee et al.'s code, c / dimensions
 CLAMP = 0.02  # least divisor where a velocity is read from predicted data (t) or noise (1 - t)
 
 # Time distributions as inverse CDFs of one uniform draw, so that arms which differ in them stay paired.

@@ -254,8 +254,8 @@ def set_aside(record: Record) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """The `Run` of a folder, from its run.yaml. Raises BadInput where there is none."""
+    """The `Run` of a folder, from its run.yaml. Raises BadInput where there is none, or it is no YAML."""
     try:
         return from_dict(Run, yaml.safe_load((folder / "run.yaml").read_text()))
-    except OSError as error:
+    except (OSError, yaml.YAMLError) as error:
         raise BadInput(f"{folder} is not a run folder: it has no readable run.yaml") from error

@@ -128,7 +128,7 @@ def test_a_grid_survives_failing_and_dying_runs_skips_and_resumes(small, monkeyp
     monkeypatch.setattr(grid, "work", dying_worker)
     assert main(overrides) == 1
     said = capsys.readouterr()
-    assert f"failed: {broken.folder.name}: Damaged" in said.err
+    assert f"failed: {broken.folder.name}: every checkpoint in {broken.folder} is damaged" in said.err
     assert f"failed: {killed.folder.name}: its process died (exit code -9)" in said.err
     assert "2 of 4 runs done" in said.out  # the last of them by a fresh process
     done = [Record(run) for run in runs if Record(run).done]

@@ -134,6 +134,38 @@ def test_another_budget_replaces_the_old_one_whole(out, tmp_path, capsys, monkey
     assert {point["signature"] for point in points} == {ARMS["baseline"].signature()}
 
 
+def test_rows_of_elsewhere_stay_beside_runs_that_are_older_than_a_new_key(out, tmp_path):
+    """They ran under one signature, and today's code has another for all of them."""
+    record = make(out, seed=0)
+    lines = (record.folder / "run.yaml").read_text().splitlines()
+    (record.folder / "run.yaml").write_text("\n".join(line for line in lines if "wiring:" not in line))
+    record.folder.rename(out / "baseline-00000000-s0")
+    folder = tmp_path / "room"
+    first = gather(runs.from_folders(out), folder)
+    elsewhere = [row | {"seed": "1"} for row in first if row["arm"] == "baseline"]
+    collect.write(folder / "results.csv", first + elsewhere)
+    rows = gather(runs.from_folders(out), folder)
+    assert [(r["seed"], r["signature"]) for r in rows[::2]] == [("0", "00000000"), ("1", "00000000"), ("", "")]
+
+
+def test_without_a_run_nothing_is_written_though_the_columns_are_of_another_day(out, tmp_path, capsys):
+    make(out)
+    gather(runs.from_folders(out), tmp_path / "room")
+    path = tmp_path / "room/results.csv"
+    older = [{k: v for k, v in row.items() if k != "dtype"} for row in collect.read(path)]
+    collect.write(path, older, [c for c in collect.COLUMNS if c != "dtype"])
+    before = path.read_bytes()
+    gather([], tmp_path / "room")
+    assert path.read_bytes() == before and "0 of them found here, nothing new in" in capsys.readouterr().out
+
+
+def test_a_run_yaml_that_is_none_is_named_and_left_out(out, tmp_path, capsys):
+    make(out)
+    (make(out, "conv").folder / "run.yaml").write_text("arm: [unclosed")
+    assert [found.run.arm for found in runs.from_folders(out)] == ["baseline"]
+    assert "has no readable run.yaml" in capsys.readouterr().err
+
+
 def test_only_the_rooms_own_runs_count(out, tmp_path, capsys):
     make(out)
     make(out, optim=Optim(lr=1e-5), fd=0.0)  # a learning-rate trial

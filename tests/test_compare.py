@@ -47,6 +47,17 @@ def test_scores_of_another_protocol_get_no_difference(pair, tmp_path, capsys):
     assert next(line for line in text.splitlines() if line.startswith("fd at 32")).split()[-1] == "—"
 
 
+def test_an_older_run_tells_less_and_other_losses_get_no_difference(pair, tmp_path, capsys):
+    path = pair[0].folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"weights": "cd", ', ""))  # as rows were once
+    other = pair[1].folder / "run.yaml"
+    other.write_text(other.read_text().replace("loss: mse", "loss: pseudo_huber"))
+    assert compare.main([str(record.folder) for record in pair], tmp_path) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[:1] == ["loss"])[-1] == "—"
+    assert next(line for line in lines if line[:4] == ["fd_digits", "at", "32", "NFE"])[-1] == "-0.2"
+
+
 def test_other_seeds_and_unfinished_runs_are_named(pair, tmp_path, capsys):
     other = make(tmp_path, "conv", 1, done=False)
     assert compare.main([str(pair[0].folder), str(other.folder)], tmp_path) == 0

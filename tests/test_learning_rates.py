@@ -9,6 +9,7 @@ from analysis import learning_rates
 from analysis.runs import Found
 from experiments import compose
 from experiments.room import ROOT
+from liquiddiff.config import BadInput
 
 FILES = sorted(ROOT.glob("*/learning_rates.csv"))
 
@@ -47,6 +48,16 @@ def test_a_grid_of_rates_is_one_command():
         ("baseline", 2e-3), ("baseline", 4e-3), ("conv", 2e-3), ("conv", 4e-3),
     ]  # fmt: skip
     assert len({run.name for run in runs}) == 4
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("out=/nowhere", "out=/nowhere is no folder"), ("seed=a", "whole number")])
+def test_bad_input_is_one_line(wrong, said):
+    with pytest.raises(BadInput, match=said):
+        learning_rates.main([wrong])
+
+
+def test_a_seed_given_twice_is_one_run():
+    assert [run.seed for run in compose.plan(["seed=0,00,1"])[1]] == [0, 1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)

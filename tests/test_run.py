@@ -134,8 +134,14 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["data=folder", "eval.extractor=effnet_lite0", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["data=cifar10"], "eval.extractor=digits reads 8x8 digits"),
         (["device=cuda:99"], "device=cuda:99 cannot be used here"),
+        (["device=gpu"], "device=gpu cannot be used here (no such device): give cpu, cuda or auto"),
+        (["++optim.lr=1e-3"], "++optim.lr=1e-3: every key is there already; write key=value"),
+        (["experiment=mixer", "ablation=conv", "seed=0", "+optim.lr=1e-3"], "without +, ++ or ~"),
+        (["data.path=/tmp"], "data.path=/tmp is nothing to data=digits: give data=folder"),
         (["optim.lr"], "write key=value"),
         (["out=/proc/nothing"], "choose another place with out=DIR"),
+        (["out=/proc/nothing", "seed=0,1"], "choose another place with out=DIR"),
+        (["device=cuda:99", "seed=0,1"], "device=cuda:99 cannot be used here"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(small, capsys, overrides, said):

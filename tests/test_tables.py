@@ -115,6 +115,16 @@ def test_the_floor_has_its_own_n(root):
     assert line["fd_pixel ↓"].text == "0.2800"
 
 
+def test_the_floor_is_that_of_the_images_and_the_extractor_of_the_runs(root):
+    rows = results()
+    others = [rows[-1] | {"data_fingerprint": "0000", "fd_pixel": "99"}, rows[-1] | {"extractor": "inception"}]
+    fill(root, [*others, *rows])  # the images changed, or another extractor was tried: their floors stay in the file
+    assert cells(one(root), "real")["fd_pixel ↓"].text == "0.2800"
+    fill(root, [*others, *rows[:-1]])
+    line = cells(one(root), "real")
+    assert line["fd_pixel ↓"].text == "" and line["seeds"].text == render.MISSING
+
+
 def test_the_note_holds_protocol_command_and_power(root):
     fill(root, results())
     note = one(root).note
@@ -196,6 +206,9 @@ def test_another_question_of_the_same_rows_is_printed_and_written_nowhere(root, 
     assert verdicts("margin=0.15") == {"good": "equivalent", "bad": "worse", "alike": "equivalent"}
     assert verdicts("arms=bad,baseline,good") == {"baseline": "better", "good": "better"}
     assert before == {path: path.read_bytes() for path in root.parent.rglob("*") if path.is_file()}
+    room = Experiment("room", "?", "?", ["a", "b"], [0], "fd", 16, 0.1, tiers={"hour": {"margin": 0.5, "nfe": 32}})
+    asked = tables.aside(room, {"arms": "a,b", "nfe": "8"})  # what is not asked stays, in every tier
+    assert (asked.at("hour").margin, asked.at("hour").nfe, asked.nfe) == (0.5, 8, 8)
     wrongs = {"metric=kid": "give metric= with a margin=", "nfe=3": "nfe=1, 32", "arms=none": "unknown arm"}
     wrongs |= {"margin=wide": "numbers"}
     for wrong, reason in wrongs.items():
