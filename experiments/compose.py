@@ -64,7 +64,8 @@ def check_overrides(overrides: list[str]) -> tuple[dict[str, str], dict[str, Any
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value") from error
+        quoted = "and quote a value with spaces or signs twice: \"data.path='My Photos (2)'\""
+        raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value, {quoted}") from error
     chosen, given = {}, {}
     keys = {**flatten(Launch()), **groups()}
     for label in ("arm", "model.size"):  # set by ablation= and model=; alone they would only rename the baseline
@@ -114,15 +115,19 @@ def budget_of(run: Run) -> tuple[str, int, int, int]:
 def _one(overrides: tuple[str, ...], _arms: tuple[tuple[str, Path], ...]) -> Launch:
     """`_arms` keeps apart the answers for different rooms."""
     chosen, given = check_overrides(list(overrides))
-    arm = chosen.pop("ablation", "baseline")
+    arm, place = chosen.pop("ablation", "baseline"), ""
     try:
         config = _base(tuple(f"{group}={name}" for group, name in chosen.items())).copy()
+        place = f"{arms().get(arm)}: "  # where what cannot be stands
         config.merge_with(load(arms()[arm]) if arm in arms() else {}, {"arm": arm})
+        place = ""
         for key, value in given.items():
+            if OmegaConf.is_list(OmegaConf.select(config, key)) and not isinstance(value, list):
+                raise BadInput(f"{key}={value} must be a list: write {key}=[{value}]")
             OmegaConf.update(config, key, value)
         launch = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise BadInput(first_line(error)) from error
+        raise BadInput(place + first_line(error)) from error
     assert isinstance(launch, Launch)
     if launch.data.name == "folder":
         if not launch.data.path:

@@ -128,6 +128,8 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["jobs=0", "seed=0,1"], "jobs=0 must be positive"),
         (["data.resolution=9"], "must be divisible by 2"),
         (["eval.nfe=[0]"], "eval.nfe=[0]"),
+        (["eval.nfe=16"], "write eval.nfe=[16]"),
+        (["data=folder", "data.path=~/My Photos (2)"], "write key=value, and quote a value with spaces or signs twice"),
         (["eval.solver=heun", "eval.nfe=[1,2]"], "eval.nfe=1 is too few for solver heun"),
         (["eval.n=1000000"], "the set has 1797 images"),
         (["data=folder"], "data=folder needs data.path=DIR"),
