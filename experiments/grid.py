@@ -45,9 +45,11 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
     print(f"{len(records)} runs, {len(records) - len(todo)} done already, {launch.jobs} at a time", flush=True)
     failed: list[tuple[Record, str]] = []
     if todo:
-        from liquiddiff.device import cores, resolve_device  # late: torch; a finished grid has nothing to wait for
+        from liquiddiff import sources  # late, as they import torch: a finished grid has nothing to wait for
+        from liquiddiff.device import cores, resolve_device
 
         resolve_device(launch.device)  # what is wrong with all of them is told once
+        sources.find(launch.data)
         todo[0].create()
 
         threads = launch.threads or max(1, cores() // launch.jobs)

@@ -143,6 +143,10 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["optim.lr"], "write key=value"),
         (["out=/proc/nothing"], "choose another place with out=DIR"),
         (["out=/proc/nothing", "seed=0,1"], "choose another place with out=DIR"),
+        (
+            ["data=folder", "data.path=/nowhere", "eval.extractor=pixel", "seed=0,1"],
+            "data.path=/nowhere cannot be read",
+        ),
         (["device=cuda:99", "seed=0,1"], "device=cuda:99 cannot be used here"),
     ],
 )
