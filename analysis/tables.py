@@ -181,7 +181,7 @@ def table_of(
     )
 
 
-UNTUNED = " † untuned: trained at the tier's learning rate, not at one chosen for the arm (`learning_rates.csv`)."
+UNTUNED = " † untuned: trained at the room's learning rate, not at one chosen for the arm (`learning_rates.csv`)."
 
 
 def floor_line(
