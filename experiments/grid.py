@@ -27,7 +27,7 @@ from liquiddiff.record import Record, set_aside
 
 def run_grid(launch: Launch, runs: list[Run]) -> int:
     """Run what is not done. Returns the exit status; raises KeyboardInterrupt once every worker has saved."""
-    from experiments.run import check_same_images  # late: it imports this
+    from experiments.run import check_same  # late: it imports this
 
     if launch.jobs < 1:
         raise BadInput(f"jobs={launch.jobs} must be positive")
@@ -40,8 +40,8 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
             set_aside(record)
     todo = [record for record in records if not record.done]
     for record in records:
-        if record.done and record.run.data.path:
-            check_same_images(record.run, record)
+        if record.done:
+            check_same(record.run, record)
     print(f"{len(records)} runs, {len(records) - len(todo)} done already, {launch.jobs} at a time", flush=True)
     failed: list[tuple[Record, str]] = []
     if todo:

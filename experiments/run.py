@@ -91,8 +91,7 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
         idle = launch.dry or (record.done and not launch.force)
         return 0 if idle else compute(run, record, lambda images, loss: None, lambda evaluations: None)
     if record.done and not launch.dry and not launch.force:
-        if run.data.path:
-            check_same_images(run, record)
+        check_same(run, record)
         print(f"already done: {record.folder} (force=true starts again)")
         screen.results(record)
         return 0
@@ -116,15 +115,26 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
     return status
 
 
-def check_same_images(run: Run, record: "Record") -> None:
-    """A path is not part of a signature: raises BadInput where a finished run is of other images than the path's."""
-    from liquiddiff.data import open_data
+def check_same(run: Run, record: "Record") -> None:
+    """Paths are not part of a signature: raises BadInput where a finished run is of other images or weights."""
+    if run.data.path:
+        from liquiddiff.data import open_data
 
-    mine, theirs = open_data(run.data, run.cache).fingerprint, record.env().get("data_fingerprint")
-    if mine != theirs:
-        raise BadInput(
-            f"{record.folder} is of other images (fingerprint {theirs}, data.path has {mine}); give another out=DIR"
-        )
+        mine, theirs = open_data(run.data, run.cache).fingerprint, record.env().get("data_fingerprint")
+        if mine != theirs:
+            raise BadInput(
+                f"{record.folder} is of other images (fingerprint {theirs}, data.path has {mine}); give another out=DIR"
+            )
+    measured = {row["weights"] for row in record.evaluations() if row.get("weights")}
+    if run.eval.weights and measured:
+        import torch
+
+        from analysis.features import load_extractor
+
+        mine = load_extractor(run.eval.extractor, run.eval.weights, torch.device("cpu")).weights_hash
+        if mine not in measured:
+            other = f"other weights ({', '.join(sorted(measured))}, eval.weights has {mine})"
+            raise BadInput(f"{record.folder} was measured with {other}; give another out=DIR")
 
 
 def compute(

@@ -234,6 +234,24 @@ def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_p
     assert "is of other images" in capsys.readouterr().err
 
 
+def test_other_weights_of_the_extractor_are_not_taken_for_those_of_the_finished_run(small, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from analysis.digits_classifier import WEIGHTS
+
+    other = {key: value + 0.01 for key, value in load_file(WEIGHTS).items()}
+    save_file(other, tmp_path / "other.safetensors")
+    assert main(small) == 0
+    capsys.readouterr()
+    for seeds in ([], ["seed=0,1", "optim.images=640"]):  # alone, and within a grid
+        assert main([*small, *seeds, f"eval.weights={tmp_path}/other.safetensors"]) == 2
+        assert "was measured with other weights" in capsys.readouterr().err
+    assert main([*small, "eval.weights=/nowhere"]) == 2
+    assert "eval.weights=/nowhere is not a file" in capsys.readouterr().err
+    assert main([*small, f"eval.weights={WEIGHTS}"]) == 0
+    assert "already done" in capsys.readouterr().out
+
+
 def test_the_names_that_are_known_without_torch_are_those_of_the_registries():
     from analysis.features import EXTRACTORS
     from liquiddiff import config, flow, solvers
