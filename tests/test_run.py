@@ -243,7 +243,7 @@ def test_other_weights_of_the_extractor_are_not_taken_for_those_of_the_finished_
     save_file(other, tmp_path / "other.safetensors")
     assert main(small) == 0
     capsys.readouterr()
-    for seeds in ([], ["seed=0,1", "optim.images=640"]):  # alone, and within a grid
+    for seeds in (["dry=false"], ["seed=0,1", "optim.images=640"]):  # alone, and within a grid
         assert main([*small, *seeds, f"eval.weights={tmp_path}/other.safetensors"]) == 2
         assert "was measured with other weights" in capsys.readouterr().err
     assert main([*small, "eval.weights=/nowhere"]) == 2
