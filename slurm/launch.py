@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import compose
-from experiments.run import check_same_images
+from experiments.run import check_same
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.record import Record
 from slurm.ledger import Ledger, State, ask
@@ -125,7 +125,7 @@ def submit(
         print(summary(count))
         for run in runs:
             if states[run.name].kind == "done" and run.data.path:
-                check_same_images(run, Record(run))
+                check_same(run, Record(run))
         if not todo:
             print("nothing to submit" + ("; retry submits the failed ones again" if count["failed"] else ""))
             return 0
