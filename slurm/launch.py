@@ -124,7 +124,7 @@ def submit(
         todo = [absolute(run) for run in runs if states[run.name].kind in wanted]
         print(summary(count))
         for run in runs:
-            if states[run.name].kind == "done" and run.data.path:
+            if states[run.name].kind == "done":
                 check_same(run, Record(run))
         if not todo:
             print("nothing to submit" + ("; retry submits the failed ones again" if count["failed"] else ""))
