@@ -34,6 +34,13 @@ def arguments(
     return values, given
 
 
+def runs_folder(given: str) -> Path:
+    """The folder of runs that out= gives, or runs/. Raises BadInput where the one given is none."""
+    if given and not Path(given).expanduser().is_dir():
+        raise BadInput(f"out={given} is no folder")
+    return Path(given or "runs").expanduser()
+
+
 def run(command: Callable[[list[str]], int], help_text: str | None) -> int:
     """Exit status of `command` on the command line: 2 and one line for bad input."""
     if {"-h", "--help"} & set(sys.argv[1:]):

@@ -242,9 +242,7 @@ def main(argv: list[str], root: Path = cli.ROOMS, today: Today = composed) -> in
         return benchmark()
     rooms = cli.rooms(values["experiment"], root)
     arms = {arm for experiment in rooms for arm in experiment.arms}
-    out = Path(values["out"] or "runs").expanduser()
-    if values["out"] and not out.is_dir():
-        raise BadInput(f"out={values['out']} is no folder")
+    out = cli.runs_folder(values["out"])
     # Folders come last, and so win where both have the same run.
     found = from_mlflow(values["tracking_uri"], arms.__contains__) if values["tracking_uri"] else []
     if values["out"] or not values["tracking_uri"]:

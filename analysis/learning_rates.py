@@ -11,7 +11,6 @@ than three rates in the file, and other rooms, train at the tier's.
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -54,9 +53,7 @@ def trial(found: Found, today: "Run", nfe: float) -> dict[str, object] | None:
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     values, _ = cli.arguments(argv, {"experiment": "mixer", "out": "", "seed": "0"})
-    out = Path(values["out"] or "runs").expanduser()
-    if values["out"] and not out.is_dir():
-        raise BadInput(f"out={values['out']} is no folder")
+    out = cli.runs_folder(values["out"])
     if not values["seed"].isdecimal():
         raise BadInput(f"seed={values['seed']} must be a whole number")
     for experiment in cli.rooms(values["experiment"]):
