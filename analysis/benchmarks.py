@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from liquiddiff import budget, depthwise, pointwise
+from liquiddiff import budget, depthwise
 from liquiddiff.config import SIZES, Model, Optim
 from liquiddiff.seeding import initialise
 from liquiddiff.trainer import RectifiedFlowTrainer
@@ -158,9 +158,9 @@ def peers(bench: Bench) -> Iterator[Row]:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         product, flops = bench.matmul(dtype)
         tasks: dict[str, Callable[[], object]] = {"matmul": product}
-        if pointwise.onednn() and not bench.gpu:  # the other product that torch has, and that the 1x1 layers use
+        if torch.backends.mkldnn.is_available() and not bench.gpu:  # the other product that torch has
             square = torch.randn(2048, 2048)
-            tasks["onednn"] = partial(pointwise.product, square, square, None)
+            tasks["onednn"] = partial(torch.ops.mkldnn._linear_pointwise, square, square, None, "none", [], "")
         for name, trainer in trainers.items():
             noise = torch.randn(batch, 3, side, side, device=bench.device)
             tasks[f"training {name}"] = partial(trainer.train_step, x)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquiddiff.config import Mixer
-from liquiddiff.layers import Pointwise, Slot, full, full_precision, positions, to_image, to_tokens
+from liquiddiff.layers import Pointwise, Slot, positions, to_image, to_tokens
+from liquiddiff.precision import full, full_precision
 
 HEAD = 32  # wished width of a head
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquiddiff import fused
+from liquiddiff import chains, fused
 from liquiddiff.config import Model, choose
 from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
@@ -24,13 +24,17 @@ class AdaLN(nn.Module):
         super().__init__()
         self.modulation = ZeroLinear(time_dim, 2 * dim)
 
+    def rows(self, temb_BD: Tensor) -> Tensor:
+        """Scales and, beside them, shifts, (B, 2 C)."""
+        return self.modulation(F.silu(temb_BD))
+
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; and x itself, of which the rest of the block goes on (see fused.adaln)."""
-        return fused.adaln(x_BCHW, self.modulation(F.silu(temb_BD)))
+        return fused.adaln(x_BCHW, self.rows(temb_BD))
 
     def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the mean of the first over positions, (B, C)."""
-        return fused.adaln_mean(x_BCHW, self.modulation(F.silu(temb_BD)))
+        return fused.adaln_mean(x_BCHW, self.rows(temb_BD))
 
 
 class SpatialMix(nn.Module):
@@ -53,15 +57,14 @@ class SpatialMix(nn.Module):
         n, x_BCHW, mean = self.norm.with_mean(x_BCHW, temb_BD)
         kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         pooled = None if self.pool is None else self.pool(mean)
-        if not (self.concat or is_literal()):
+        if self.concat or is_literal():
+            scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
+            y = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
+            pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
+        else:
             # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
-            y = fused.depthwise_silu(n, merge_kernels(kernels), functools.reduce(torch.add, biases), pooled)
-            return self.out(y, add=x_BCHW)
-        scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
-        if self.concat:
-            pooled = None if pooled is None else pooled.repeat(1, len(scales))
-            return self.out(fused.silu(torch.cat(scales, dim=1), pooled), add=x_BCHW)
-        return self.out(fused.silu(torch.stack(scales).sum(0), pooled), add=x_BCHW)
+            y = depthwise(n, merge_kernels(kernels), functools.reduce(torch.add, biases))
+        return self.out(y, x_BCHW, first=True, row_BC=pooled)
 
 
 class FeedForward(nn.Module):
@@ -75,8 +78,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
-        n, x_BCHW = self.norm(x_BCHW, temb_BD)
-        return self.contract(self.expand(n, silu=True), add=x_BCHW)
+        rows = self.norm.rows(temb_BD)
+        done = chains.feed_forward(x_BCHW, rows, self.expand.layer(), self.contract.layer())
+        if done is not None:
+            return done
+        n, x_BCHW = fused.adaln(x_BCHW, rows)
+        return self.rest(x_BCHW, self.expand(n))
 
     def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """Up to the first product."""
@@ -84,7 +91,7 @@ class FeedForward(nn.Module):
 
     def rest(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
         """What follows `first`, which gave y."""
-        return self.contract(F.silu(y_BCHW), add=x_BCHW)
+        return self.contract(y_BCHW, x_BCHW, first=True)
 
 
 class LiquidDiffusionBlock(nn.Module):

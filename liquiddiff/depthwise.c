@@ -23,9 +23,9 @@
 enum { EDGE, WHOLE }; /* a tile that asks which inputs exist (lo <= p < hi); a tile that is the whole row */
 #define OUTSIDE(p) (kind == WHOLE ? (p) < R || (p) >= R + T : (p) < lo || (p) >= hi)
 
-/* y[t] = bias + sum_ij x[i][t + j] * w[i][j] over the kernel rows that exist, or SiLU of it. */
+/* y[t] = bias + sum_ij x[i][t + j] * w[i][j] over the kernel rows that exist. */
 INLINE void conv_tile(const int T, const int kind, idx lo, idx hi, idx rows, const float *x, idx xs, idx xrow, const float *w,
-                      vec bias, int silu, float *y) {
+                      vec bias, float *y) {
     vec sum[8], tap[K];
     UNROLL for (int t = 0; t < T; t++) sum[t] = bias;
     for (idx i = 0; i < rows; i++, x += xrow, w += K * VL) {
@@ -37,7 +37,6 @@ INLINE void conv_tile(const int T, const int kind, idx lo, idx hi, idx rows, con
             UNROLL for (int t = 0; t < T; t++) if (p >= t && p - t < K) sum[t] += v * tap[p - t];
         }
     }
-    if (silu) UNROLL for (int t = 0; t < T; t++) sum[t] *= sigmoid(sum[t]);
     UNROLL for (int t = 0; t < T; t++) STORE(y + t * xs, sum[t]);
 }
 
@@ -69,8 +68,7 @@ INLINE void grad_tile(const int T, const int kind, idx lo, idx hi, idx i0, idx i
     }
 
 /* One image, channel blocks k0 .. k1 innermost, so that memory is read in order. */
-static void conv_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, const float *w, const float *bias, int silu,
-                       float *y) {
+static void conv_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, const float *w, const float *bias, float *y) {
     const int far = H * W * C * 4 > FAR;
     for (idx h = 0; h < H; h++) {
         const idx i0 = h < R ? R - h : 0, i1 = h + R >= H ? H - h + R : K;
@@ -84,7 +82,7 @@ static void conv_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, cons
                 __builtin_prefetch(yr + (t + W) * C + c, 1);                                                             \
             }                                                                                                            \
             conv_tile(T, kind, lo, hi, i1 - i0, xr + (u - R) * C + c, C, W * C, w + (k * K + i0) * K * VL,               \
-                      bias ? LOAD(bias + c) : (vec){0}, silu, yr + u * C + c);                                           \
+                      bias ? LOAD(bias + c) : (vec){0}, yr + u * C + c);                                           \
         }
         ROW_TILES(CALL)
 #undef CALL
@@ -128,8 +126,6 @@ static void grad_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, cons
 
 typedef struct {
     const float *x, *w, *bias; /* x: input of the convolution (the output gradient in the backward pass); w packed */
-    idx each;                  /* from one image's bias to the next's: 0, or C */
-    int silu;
     float *y;                  /* output of the convolution, or NULL */
     const float *input, *g;    /* of the weight gradient */
     float *sums;               /* (chunks, blocks, K * K + 1, VL), or NULL */
@@ -142,8 +138,7 @@ static void piece(void *data, idx n, idx me) {
     const idx k1 = k0 + j->group < j->blocks ? k0 + j->group : j->blocks;
     for (idx b = chunk * j->chunk; b < (chunk + 1) * j->chunk && b < j->B; b++) {
         const idx at = b * j->H * j->W * j->C;
-        const float *bias = j->bias ? j->bias + b * j->each : NULL;
-        if (j->y) conv_image(j->H, j->W, j->C, k0, k1, j->x + at, j->w, bias, j->silu, j->y + at);
+        if (j->y) conv_image(j->H, j->W, j->C, k0, k1, j->x + at, j->w, j->bias, j->y + at);
         if (j->sums)
             grad_image(j->H, j->W, j->C, k0, k1, j->input + at, j->g + at, j->sums + chunk * j->blocks * (K * K + 1) * VL);
     }
@@ -170,12 +165,11 @@ static float *pack(const float *w, idx C, int flip) { /* (C, K * K) -> (blocks, 
 
 int dw_lanes(void) { return VL; } /* the least C */
 
-/* y = conv(x, w) + bias, or SiLU of it; bias is (C), with `each` (B, C), or NULL. No dimension is 0. Returns 0, or 1 when
- * out of memory. */
-int dw_forward(const float *x, const float *w, const float *bias, float *y, idx B, idx C, idx H, idx W, int each, int silu,
-               const pool_t *pool, idx threads) {
+/* y = conv(x, w) + bias, which may be NULL. No dimension is 0. Returns 0, or 1 when out of memory. */
+int dw_forward(const float *x, const float *w, const float *bias, float *y, idx B, idx C, idx H, idx W, const pool_t *pool,
+               idx threads) {
     float *packed = pack(w, C, 0);
-    job_t j = {.x = x, .w = packed, .bias = bias, .each = each ? C : 0, .silu = silu, .y = y, .B = B, .H = H, .W = W, .C = C};
+    job_t j = {.x = x, .w = packed, .bias = bias, .y = y, .B = B, .H = H, .W = W, .C = C};
     if (!packed) return 1;
     cut(&j, threads);
     side_by_side(piece, &j, j.chunks * j.groups, pool, threads);

@@ -167,7 +167,7 @@ def _library(kernel_size: int) -> _Library | None:
     if library is None:
         return None
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
-    library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [ctypes.c_int] * 2 + [pointer, index]
+    library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [pointer, index]
     library.dw_backward.argtypes = [pointer] * 6 + [index] * 4 + [pointer, index]
     return _Library(library.dw_forward, library.dw_backward, library.dw_lanes())
 
@@ -180,35 +180,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     lib = _library(weight.shape[-1])
     if lib is None or lib.lanes > x.shape[1]:
         return depthwise_reference(x, weight, bias).contiguous(memory_format=torch.channels_last)
-    return _convolve(lib, x, weight, bias)
-
-
-def _convolve(lib: _Library, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool = False) -> Tensor:
-    """The bias may be (C) or (B, C)."""
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    tensors = (x, weight.contiguous(), None if bias is None else bias.contiguous(), y)
-    _call(lib.forward, tensors, x.shape, bias is not None and bias.dim() == 2, silu)
+    _call(lib.forward, (x, weight.contiguous(), None if bias is None else bias.contiguous(), y), x.shape)
     return y
 
 
-def silu_of(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC: Tensor | None) -> Tensor | None:
-    """SiLU(depthwise + shift) in one pass; None where a gradient needs what is between, or without the C kernels."""
-    tensors = (x_BCHW, weight_C1kk, bias_C) if shift_BC is None else (x_BCHW, weight_C1kk, bias_C, shift_BC)
-    if torch.is_grad_enabled() or not native.eager(*tensors):
-        return None
-    if shift_BC is not None and shift_BC.shape != x_BCHW.shape[:2]:
-        return None
-    if not _eligible(x_BCHW, weight_C1kk, bias_C) or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
-        return None
-    lib = _library(weight_C1kk.shape[-1])
-    if _literal or lib is None or lib.lanes > x_BCHW.shape[1]:
-        return None
-    return _convolve(lib, x_BCHW, weight_C1kk, bias_C if shift_BC is None else bias_C + shift_BC, silu=True)
-
-
-def _call(function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int], *options: bool) -> None:
+def _call(function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int]) -> None:
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if function(*pointers, *shape, *options, native.pool(), torch.get_num_threads()):
+    if function(*pointers, *shape, native.pool(), torch.get_num_threads()):
         raise MemoryError("depthwise convolution: out of memory")
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
-from liquiddiff.depthwise import depthwise, is_literal, silu_of
-from liquiddiff.layers import full, full_precision, low_precision
+from liquiddiff.depthwise import is_literal
+from liquiddiff.precision import full, full_precision, low_precision
 
-__all__ = ["adaln", "adaln_mean", "backend", "depthwise_silu", "gate_blend", "relax_add", "silu"]
+__all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
 
 LARGE = 2**22  # elements; see _parts
 PIECE = 256  # positions of an image per running sum; decides the order of sums, so never the number of threads
@@ -84,17 +84,7 @@ def silu(x_BCHW: Tensor, shift_BC: Tensor | None) -> Tensor:
     """SiLU(x + shift), (B, C, H, W)."""
     if shift_BC is None:
         return F.silu(x_BCHW)
-    if _fast([x_BCHW], shift_BC):
-        return _SiLU.apply(x_BCHW, shift_BC)
     return _lean(lambda x, shift: F.silu(x + _image(shift)), x_BCHW, shift_BC)
-
-
-def depthwise_silu(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor, shift_BC: Tensor | None = None) -> Tensor:
-    """SiLU(depthwise convolution + shift), (B, C, H, W)."""
-    done = silu_of(x_BCHW, weight_C1kk, bias_C, shift_BC)
-    if done is not None:
-        return done
-    return silu(depthwise(x_BCHW, weight_C1kk, bias_C), shift_BC)
 
 
 def backend() -> str:
@@ -174,7 +164,7 @@ def _parts(images: Tensor) -> Iterator[slice]:
 
 POINTERS = {  # of each function; then the shape, and what runs it
     **{"adaln_forward": 5, "adaln_backward": 8, "gate_forward": 6, "gate_backward": 10},
-    **{"relax_forward": 5, "relax_backward": 7, "silu_forward": 3, "silu_backward": 5},
+    **{"relax_forward": 5, "relax_backward": 7},
 }
 
 
@@ -273,20 +263,3 @@ class _Relax(torch.autograd.Function):
         dkept, dmixed, sums = _like(dense), _like(dense), _sums(dense, 1) if blended else None
         _call("relax_backward", dense, [dense, *(blended or [None, None]), alpha, dkept, dmixed, sums])
         return g, dkept, dmixed, None if sums is None else sums[:, 0, 0]
-
-
-class _SiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor) -> Tensor:
-        shift, y = shift.contiguous(), _like(x)
-        _call("silu_forward", x, [x, shift, y])
-        ctx.save_for_backward(x, shift)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, shift = ctx.saved_tensors
-        g, dx, sums = _dense(g), _like(x), _sums(x, 1)
-        _call("silu_backward", x, [g, x, shift, dx, sums])
-        return dx, sums[:, 0, 0]

@@ -1,4 +1,5 @@
 /* What the kernels share: VL float32 lanes (channels, as a rule), and torch's own pool of threads. */
+#pragma once
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -46,6 +47,14 @@ INLINE void store(float *p, vec v, idx n) {
 
 INLINE void add(float *p, vec v, idx n) { store(p, load(p, n) + v, n); }
 
+/* BODY sees c, the first channel, and n, the number of them: a constant VL but for the last few. */
+#define CHANNELS(...)                                              \
+    {                                                              \
+        idx c = 0;                                                 \
+        for (; c + VL <= C; c += VL) { const idx n = VL; __VA_ARGS__ } \
+        if (c < C) { const idx n = C - c; __VA_ARGS__ }            \
+    }
+
 INLINE float total(vec v) {
 #if defined __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
@@ -64,7 +73,11 @@ INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes
 /* exp, within 2 ulp where the result is a normal number: 2^n times a polynomial (Cephes' expf) of the remainder. */
 INLINE vec exponential(vec x) {
     const vec zero = {0}, top = zero + 88.0f, bottom = zero - 87.0f;
+#ifdef __AVX512F__ /* of two of which one is NaN, max and min give the second */
+    const vec z = (vec)_mm512_min_ps((__m512)top, _mm512_max_ps((__m512)bottom, (__m512)x));
+#else
     const vec z = choose(x > top, top, choose(x < bottom, bottom, x));
+#endif
     const vec shifted = z * 1.44269504088896341f + 12582912.0f; /* the nearest integer is in the low bits */
     const vec n = shifted - 12582912.0f;
     const vec r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -74,7 +87,11 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#ifdef __AVX512F__
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return choose(x == x, (vec)((ivec)p + ((ivec)shifted << 23)), x); /* NaN stays NaN */
+#endif
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -1,10 +1,9 @@
-"""What the mixers share: the slot, 1x1 products, positions, full precision.
+"""What the mixers share: the slot, 1x1 products, positions.
 
 Shapes: B batch, C channels, H W space, N = H * W positions in raster order, M hidden width.
 """
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,13 +30,20 @@ class Slot(NamedTuple):
 class Pointwise(nn.Linear):
     """A 1x1 convolution, as a matrix product over the channels-last layout: (B, C, H, W) -> (B, C', H, W)."""
 
-    def forward(self, x_BCHW: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
-        """See the class; added to `add`, (B, C', H, W), where there is one; with `silu`, SiLU of that."""
-        if is_literal():
-            y = F.conv2d(x_BCHW, self.weight[:, :, None, None], self.bias)
-            y = y if add is None else add + y
-            return F.silu(y) if silu else y
-        return pointwise(x_BCHW, self.weight, self.bias, silu, add)
+    def layer(self) -> tuple[Tensor, Tensor]:
+        """Its weight, (C', C), and its bias."""
+        return self.weight, self.bias
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        add: Tensor | None = None,
+        first: bool = False,
+        row_BC: Tensor | None = None,
+        then: bool = False,
+    ) -> Tensor:
+        """See the class and `pointwise`, whose options these are."""
+        return pointwise(x_BCHW, *self.layer(), add, first, row_BC, then)
 
 
 class SparsePointwise(Pointwise):
@@ -62,9 +68,9 @@ class SparsePointwise(Pointwise):
         with torch.no_grad():
             self.weight.mul_(self.density**-0.5)
 
-    def forward(self, x_BCHW: Tensor, silu: bool = False, add: Tensor | None = None) -> Tensor:
-        """See the class."""
-        return pointwise(x_BCHW, self.weight * self.mask, self.bias, silu, add)
+    def layer(self) -> tuple[Tensor, Tensor]:
+        """The weights that exist, the others zero, and the bias."""
+        return self.weight * self.mask, self.bias
 
 
 @cache
@@ -177,30 +183,6 @@ def to_tokens(x_BCHW: Tensor) -> Tensor:
 def to_image(x_BNC: Tensor, H: int, W: int) -> Tensor:
     """(B, N, C) -> (B, C, H, W), channels-last."""
     return x_BNC.unflatten(1, (H, W)).permute(0, 3, 1, 2)
-
-
-def full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off on the device of `x` (the meta device knows no autocast)."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def low_precision(x: Tensor) -> torch.dtype | None:
-    """The dtype of mixed precision where it is on, and where what is kept for backward may be chosen; else None."""
-    device = x.device.type
-    if device == "meta":  # which knows no autocast: memory.py says by the type of the image what it plays
-        low = x.dtype
-    elif torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-    else:
-        return None
-    if is_literal() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    return low if low in (torch.float16, torch.bfloat16) else None
 
 
 def peer(module: str) -> ModuleType:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from liquiddiff.config import Mixer
 from liquiddiff.depthwise import DepthwiseConv2d
-from liquiddiff.layers import Pointwise, Slot, full, full_precision, peer
+from liquiddiff.layers import Pointwise, Slot, peer
+from liquiddiff.precision import full, full_precision
 
 
 class LTC(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquiddiff import fused
+from liquiddiff import chains, fused
 from liquiddiff.attention import Attention, LinearAttention
 from liquiddiff.config import Mixer, choose
 from liquiddiff.depthwise import DepthwiseConv2d
@@ -56,7 +56,7 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
-        return self._rest(self.backbone(self.context(x_BCHW), silu=True), temb_BD, t_B)
+        return self._rest(self.backbone(self.context(x_BCHW), then=True), temb_BD, t_B)
 
     def first(self, x_BCHW: Tensor) -> Tensor:
         """Up to the first product, (B, M, H, W): `rest` of it is the cell (see LiquidDiffusionBlock.in_steps)."""
@@ -67,6 +67,8 @@ class CfC(nn.Module):
         return self._rest(F.silu(z_BMHW), temb_BD, t_B)
 
     def _rest(self, z: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+        if self.gate == "time" and len(self.g) > 1 and not self.head_tanh:
+            return self._at_once(z, F.silu(temb_BD))
         g = self.g(z)  # (B, C, H, W)
         h = self.h(z) if self.h is not None else None
         if self.head_tanh:
@@ -82,16 +84,21 @@ class CfC(nn.Module):
         logit = -f * t_B[:, None, None, None].to(f.dtype) if self.gate == "literal" else f
         return torch.lerp(h, g, torch.sigmoid(logit))
 
+    def _at_once(self, z: Tensor, temb: Tensor) -> Tensor:
+        """The products of the heads and the gate in one pass, where that is to be had."""
+        cell: Any = self
+        u, v, a, b = cell.g[0](z), cell.h[0](z), cell.time_a(temb), cell.time_b(temb)
+        f, g, h = cell.f, cell.g[-1], cell.h[-1]
+        done = chains.heads(z, u, v, [f.layer(), g.layer(), h.layer()], a, b)
+        return fused.gate_blend(f(z), g(u, first=True), h(v, first=True), a, b) if done is None else done
+
 
 class Head(nn.Sequential):
-    """A product, or DW3x3, SiLU and a product, where the first two may be one pass; a Sequential for its names."""
+    """A product, or DW3x3, SiLU and a product, of which the last two are one pass; a Sequential for its names."""
 
     def forward(self, z_BMHW: Tensor) -> Tensor:
         """(B, M, H, W) -> (B, C, H, W)."""
-        spatial: Any = self[0]
-        if len(self) > 1:
-            z_BMHW = fused.depthwise_silu(z_BMHW, spatial.weight, spatial.bias)
-        return self[-1](z_BMHW)
+        return self[-1](self[0](z_BMHW), first=True) if len(self) > 1 else self[0](z_BMHW)
 
 
 # gate: (f exists, h exists, time_a and time_b exist)
@@ -142,7 +149,7 @@ class Conv(nn.Module):
 
     def pointwise(self, c_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """All that follows the depthwise convolution."""
-        z = self.expand(c_BCHW, silu=True)
+        z = self.expand(c_BCHW, then=True)
         return self.contract(z * (1 + per_channel(self.scale(F.silu(temb_BD)))))
 
 

@@ -1,7 +1,7 @@
 """C kernels beside torch: compiled on first use, kept, loaded, and run on torch's own threads.
 
-A kernel is one plain C file beside this one, and lanes.h what they share. The system's compiler makes a shared library
-of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor). Without a
+A kernel is one plain C file beside this one, and the headers what they share. The system's compiler makes a shared
+library of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor). Without a
 compiler, torch does the work; where a compiler fails, that is told.
 """
 
@@ -50,7 +50,7 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
 def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
     source = Path(__file__).with_name(f"{name}.c")
     compiler = os.environ.get("CC", "")
-    shared = source.with_name("lanes.h").read_bytes()
+    shared = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
     key = hashlib.sha256(repr((source.read_bytes(), shared, flags, compiler, _cpu())).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
     target = cache / f"{name}-{key}.so"

@@ -1,80 +1,100 @@
-/* Weight and bias gradient of a 1x1 convolution: dw = g^T x, db = sum g, on row-major float32 g (N, O) and x (N, C).
+/* 1x1 convolution on row-major float32 (B, P, K) -> (B, P, O), P positions of each of B images: forward, and all
+ * gradients in one pass. y = out(in(x) W^T + bias (+ more)), where `in` is nothing, or SiLU of x plus a row of each
+ * image, and `out` is nothing or SiLU.
  *
- * Long and thin: N, the positions of all images, is thousands, O and C are tens or hundreds. A tile is ROWS x 2 vectors
- * of dw, which stay in registers over BLOCK positions, few enough for their g and x to stay in the nearest caches. Tiles
- * at the end overlap those before: the same values twice.
- *
- * N is cut into chunks by the shape alone, and their sums are added in order: the same bits at any number of threads. */
-#include "lanes.h"
-
-#define ROWS (VL / 2)
-#define COLUMNS (2 * VL)
-#define BLOCK 64       /* positions */
-#define CHUNK 512      /* positions at least */
-#define MAX_CHUNKS 32
+ * A tile of positions at a time: SiLU, its slope and the product's own gradient stay in the nearest caches. Tiles,
+ * and the chunks of them that share sums, are cut by the shape alone: the same bits at any number of threads. */
+#include "product.h"
 
 typedef struct {
-    const float *g, *x;
-    float *sums; /* (chunks, tiles, ROWS, COLUMNS) and, at the end of each chunk, (O) */
-    idx N, O, C, rows, columns, size, chunk, chunks;
+    const float *x, *row, *w, *bias, *more, *before, *g; /* w: packed */
+    float *y, *kept, *dx, *sums, *rows, *room;           /* kept: what SiLU is of; rows: (tiles, K) */
+    cut_t cut;
+    idx K, O, size, each; /* floats of a chunk's sums, of a thread's room */
+    int in, out;
 } job_t;
 
-/* The k-th tile's first row or column. */
-static inline idx start(idx k, idx width, idx all) { return (k + 1) * width <= all ? k * width : all - width; }
-
-static inline void tile(const float *g, const float *x, idx O, idx C, idx count, float *at) {
-    vec sum[ROWS][2];
-    UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = LOAD(at + r * COLUMNS), sum[r][1] = LOAD(at + r * COLUMNS + VL);
-    for (idx n = 0; n < count; n++, g += O, x += C) {
-        const vec a = LOAD(x), b = LOAD(x + VL);
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] += g[r] * a, sum[r][1] += g[r] * b;
-    }
-    UNROLL for (int r = 0; r < ROWS; r++) STORE(at + r * COLUMNS, sum[r][0]), STORE(at + r * COLUMNS + VL, sum[r][1]);
-}
-
-static void piece(void *data, idx k, idx me) {
+static void forward(void *data, idx k, idx me) {
     const job_t *j = data;
-    const idx last = (k + 1) * j->chunk < j->N ? (k + 1) * j->chunk : j->N;
-    float *sums = j->sums + k * j->size, *bias = sums + j->size - j->O;
-    memset(sums, 0, j->size * sizeof(float));
-    for (idx n = k * j->chunk; n < last; n += BLOCK) {
-        const idx count = n + BLOCK < last ? BLOCK : last - n;
-        const float *g = j->g + n * j->O, *x = j->x + n * j->C;
-        float *at = sums;
-        for (idx r = 0; r < j->rows; r++)
-            for (idx c = 0; c < j->columns; c++, at += ROWS * COLUMNS)
-                tile(g + start(r, ROWS, j->O), x + start(c, COLUMNS, j->C), j->O, j->C, count, at);
-        for (idx i = 0; i < count; i++, g += j->O) {
-            idx o = 0;
-            for (; o + VL <= j->O; o += VL) STORE(bias + o, LOAD(bias + o) + LOAD(g + o));
-            for (; o < j->O; o++) bias[o] += g[o];
+    const tile_t t = tile(j->cut, k);
+    const idx at = t.at, rows = t.rows, K = j->K, O = j->O;
+    const float *x = j->x + at * K;
+    float *room = j->room + me * j->each;
+    const out_t out = {j->bias, j->more ? j->more + at * O : NULL, j->y + at * O, j->kept ? j->kept + at * O : NULL};
+    if (j->in) activate(rows, K, x, j->row ? j->row + t.b * K : NULL, room, NULL), x = room;
+    if (j->out) product(SILU, rows, x, K, j->w, O, out);
+    else if (j->more) product(ADD, rows, x, K, j->w, O, out);
+    else product(PLAIN, rows, x, K, j->w, O, out);
+}
+
+static void backward_tile(const job_t *j, idx k, float *sums, float *room) {
+    const tile_t t = tile(j->cut, k);
+    const idx at = t.at, rows = t.rows, K = j->K, O = j->O;
+    const float *g = j->g + at * O, *x = j->x + at * K;
+    float *active = room, *slope = active + TILE * K, *own = slope + TILE * K, *dx = j->dx ? j->dx + at * K : NULL;
+    if (j->out) { /* what the product itself gets */
+        const float *before = j->before + at * O;
+        for (idx i = 0; i < rows * O; i += VL) {
+            const idx n = rows * O - i < VL ? rows * O - i : VL;
+            const vec z = load(before + i, n), s = sigmoid(z);
+            store(own + i, load(g + i, n) * (s * (1.0f + z * (1.0f - s))), n);
         }
+        g = own;
+    }
+    if (j->in) activate(rows, K, x, j->row ? j->row + t.b * K : NULL, active, slope), x = active;
+    if (sums) weight_gradient(rows, g, O, x, K, sums);
+    if (!dx) return;
+    if (j->in) product(TIMES, rows, g, O, j->w, K, (out_t){.more = slope, .y = dx});
+    else product(PLAIN, rows, g, O, j->w, K, (out_t){.y = dx});
+    if (j->rows) {
+        float *row = j->rows + k * K;
+        memset(row, 0, K * sizeof(float));
+        for (idx r = 0; r < rows; r++, dx += K)
+            for (idx c = 0; c < K; c += VL) add(row + c, load(dx + c, K - c < VL ? K - c : VL), K - c < VL ? K - c : VL);
     }
 }
 
-int pw_rows(void) { return ROWS; }       /* the least O */
-int pw_columns(void) { return COLUMNS; } /* the least C */
+static void backward(void *data, idx k, idx me) {
+    const job_t *j = data;
+    float *sums = j->sums ? j->sums + k * j->size : NULL;
+    if (sums) memset(sums, 0, j->size * sizeof(float));
+    for (idx n = k * j->cut.chunk; n < (k + 1) * j->cut.chunk && n < j->cut.tiles; n++)
+        backward_tile(j, n, sums, j->room + me * j->each);
+}
 
-/* db may be NULL. Returns 0, or 1 when out of memory. */
-int pw_weight_gradient(const float *g, const float *x, float *dw, float *db, idx N, idx O, idx C, const pool_t *pool,
-                       idx threads) {
-    job_t j = {.g = g, .x = x, .N = N, .O = O, .C = C};
-    j.rows = (O + ROWS - 1) / ROWS, j.columns = (C + COLUMNS - 1) / COLUMNS;
-    j.size = j.rows * j.columns * ROWS * COLUMNS + O;
-    j.chunk = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
-    if (j.chunk < CHUNK) j.chunk = CHUNK;
-    j.chunks = (N + j.chunk - 1) / j.chunk;
-    j.sums = floats(j.size * j.chunks);
-    if (!j.sums) return 1;
-    side_by_side(piece, &j, j.chunks, pool, threads);
-    for (idx k = 1; k < j.chunks; k++)
-        for (idx i = 0; i < j.size; i++) j.sums[i] += j.sums[k * j.size + i];
-    const float *at = j.sums;
-    for (idx r = 0; r < j.rows; r++)
-        for (idx c = 0; c < j.columns; c++)
-            for (idx i = 0; i < ROWS; i++, at += COLUMNS)
-                memcpy(dw + (start(r, ROWS, O) + i) * C + start(c, COLUMNS, C), at, COLUMNS * sizeof(float));
-    if (db) memcpy(db, at, O * sizeof(float));
-    free(j.sums);
-    return 0;
+int pw_least_outputs(void) { return ROWS; } /* of what has a weight gradient */
+int pw_least_inputs(void) { return PANEL; }
+
+/* row (B, K) needs `in`; before, what SiLU is of, (B, P, O), is written where it is not NULL; so may be row, bias,
+ * more. No dimension is 0. Returns 0, or 1 when out of memory. */
+int pw_forward(const float *x, const float *row, const float *w, const float *bias, const float *more, float *y,
+               float *before, idx B, idx P, idx K, idx O, int in, int out, const pool_t *pool, idx threads) {
+    job_t j = {.x = x, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias, .more = more, .y = y,
+               .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in ? TILE * K : 0, .in = in, .out = out};
+    j.room = floats(j.each * parts(j.cut.tiles, pool, threads));
+    const int failed = !j.w || !j.room;
+    if (!failed) side_by_side(forward, &j, j.cut.tiles, pool, threads);
+    free((void *)j.w), free(j.room);
+    return failed;
+}
+
+/* g (B, P, O): gradient of y; `before` as kept by the forward pass, or NULL where out is 0. drow, dx may be NULL; so may
+ * dw, and db with it. O >= pw_least_outputs, K >= pw_least_inputs where dw is not. Returns 0, or 1 when out of memory. */
+int pw_backward(const float *g, const float *x, const float *row, const float *w, const float *before, float *dx, float *dw,
+                float *db, float *drow, idx B, idx P, idx K, idx O, int in, int out, const pool_t *pool, idx threads) {
+    job_t j = {.g = g, .x = x, .row = row, .before = before, .dx = dx, .cut = cut(B, P), .K = K, .O = O, .in = in, .out = out,
+               .each = TILE * (2 * K + O), .size = dw ? sums_of(O, K) : 0};
+    const idx chunks = j.cut.chunks;
+    j.w = dx ? packed(w, O, K, 1, pool, threads) : NULL;
+    j.sums = dw ? floats(j.size * chunks) : NULL;
+    j.rows = drow ? floats(j.cut.tiles * K) : NULL;
+    j.room = floats(j.each * parts(chunks, pool, threads));
+    const int failed = (dx && !j.w) || (dw && !j.sums) || (drow && !j.rows) || !j.room;
+    if (!failed) {
+        side_by_side(backward, &j, chunks, pool, threads);
+        if (dw) gather(j.sums, chunks, j.size, O, K, dw, db);
+        if (drow) gather_rows(j.cut, j.rows, K, drow);
+    }
+    free((void *)j.w), free(j.sums), free(j.rows), free(j.room);
+    return failed;
 }

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from liquiddiff.config import Mixer
 from liquiddiff.depthwise import DepthwiseConv2d
-from liquiddiff.layers import Pointwise, Slot, full, full_precision, to_image, to_tokens
+from liquiddiff.layers import Pointwise, Slot, to_image, to_tokens
+from liquiddiff.precision import full, full_precision
 from liquiddiff.selective_scan import selective_scan
 
 

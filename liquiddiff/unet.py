@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from liquiddiff.block import LiquidDiffusionBlock
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import is_literal
-from liquiddiff.layers import Pointwise, Slot, low_precision, transformed, upsampled
+from liquiddiff.layers import Pointwise, Slot, transformed, upsampled
+from liquiddiff.precision import low_precision
 from liquiddiff.relaxation import LAWS
 
 LARGE = 128 * 128  # positions; in mixed precision, of an image of which less is kept for the backward pass

@@ -13,7 +13,7 @@ from liquiddiff import fused
 from liquiddiff.budget import build
 from liquiddiff.config import Run
 from liquiddiff.depthwise import literal
-from liquiddiff.fused import adaln, adaln_mean, backend, depthwise_silu, gate_blend, relax_add, silu
+from liquiddiff.fused import adaln, adaln_mean, backend, gate_blend, relax_add, silu
 from liquiddiff.seeding import initialise
 
 impl = importlib.import_module("liquiddiff.fused")
@@ -23,7 +23,6 @@ OPS = {  # images that each takes, rows, and how many numbers these have for a c
     "adaln_mean": (adaln_mean, 1, 1, 2),
     "gate_blend": (gate_blend, 3, 2, 1),
     "relax_add": (relax_add, 3, 1, 1),
-    "silu": (silu, 1, 1, 1),
 }
 SHAPES = [
     (3, 32, 8, 8),
@@ -125,46 +124,10 @@ def test_the_sigmoid_over_its_whole_range():
     error = (s.double() - torch.sigmoid(x.double())).abs() / torch.sigmoid(x.double())
     assert error[x > -87].max() < 4e-7 and (s[x <= -87] < 2e-38).all()
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0] * 2).view(1, 8, 1, 1)
-    y = silu(special, 0 * row).flatten()
-    assert y[0] == torch.inf and y[2].isnan() and y[3] == 0
     sure = gate_blend(
         special, 3 * torch.ones_like(special), special.new_full((1, 8, 1, 1), 5.0), row, 0 * row
     ).flatten()
     assert sure[0] == 3 and sure[1] == 5 and sure[2].isnan()
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (4, 100, 5, 6), (64, 17, 8, 8)], ids=str)
-@pytest.mark.parametrize("k", [3, 7])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_silu_of_a_depthwise_convolution(shape, k, shifted, monkeypatch):
-    """In one pass where nothing is kept for a gradient; the same bits on any threads, though blocks overlap."""
-    B, C, H, W = shape
-    (x, shift), (weight, bias) = make("silu", *shape)[1], torch.randn(2, C, 1, k, k)
-    bias, shift = bias[:, 0, 0, 0], shift if shifted else None
-    row = bias.double() if shift is None else bias.double() + shift.double()
-    y = F.conv2d(x.double(), weight.double(), padding=k // 2, groups=C) + row.view(-1, C, 1, 1)
-    args, found = (x, weight, bias, shift), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with torch.no_grad():
-                found.append(depthwise_silu(*args))
-    finally:
-        torch.set_num_threads(before)
-    assert_close([*found, depthwise_silu(*args)], [F.silu(y)] * 4)
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    with torch.no_grad():
-        double = depthwise_silu(
-            x, weight, bias, torch.ones(1, C, dtype=torch.float64)
-        )  # not the kernel's: torch's work
-    assert_close([double], [F.silu(y - row.view(-1, C, 1, 1) + bias.double().view(1, C, 1, 1) + 1)])
-    if backend() == "c" and C >= 16:
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(impl, "depthwise", None)  # it is not called
-            depthwise_silu(*args)
-            alone = depthwise_silu(x[1:2], weight, bias, None if shift is None else shift[1:2]) if B > 1 else found[0]
-            assert torch.equal(alone, found[0][1:2] if B > 1 else found[0])
 
 
 @each_op

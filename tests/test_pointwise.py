@@ -14,7 +14,8 @@ from liquiddiff.pointwise import pointwise
 
 impl = importlib.import_module("liquiddiff.pointwise")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-# B, C, O, H, W; both the C kernel's whole tiles and those that overlap, and what is too small for it
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler: torch's products, rightly")
+# B, C, O, H, W; both the C kernel's whole blocks and those that overlap, and what is too small for it
 SHAPES = [
     (8, 64, 64, 8, 8),
     (3, 32, 45, 20, 13),
@@ -22,30 +23,49 @@ SHAPES = [
     (2, 3, 6, 5, 5),
     (1, 40, 1, 1, 1),
     (1, 256, 64, 33, 33),
+    (40, 33, 32, 5, 6),
 ]
+KINDS = ["plain", "then", "add", "first", "first and row", "first, row and add"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def make(B, C, outputs, H, W, dtype=torch.float32):
+def make(kind, B, C, outputs, H, W):
+    """Arguments of `call`, and a gradient of its output."""
     rng = torch.Generator().manual_seed(C)
-    x, g = (
-        torch.randn(B, n, H, W, generator=rng, dtype=torch.float64)
-        .to(dtype)
-        .contiguous(memory_format=torch.channels_last)
-        for n in (C, outputs)
-    )
-    return [x, torch.randn(outputs, C, generator=rng).to(dtype), torch.randn(outputs, generator=rng).to(dtype)], g
+    images = [torch.randn(B, n, H, W, generator=rng) for n in (C, outputs, outputs)]
+    x, add, g = (t.contiguous(memory_format=torch.channels_last) for t in images)
+    args = [x, torch.randn(outputs, C, generator=rng), torch.randn(outputs, generator=rng)]
+    args += [add] if "add" in kind else []
+    return args + ([torch.randn(B, C, generator=rng)] if "row" in kind else []), g
 
 
-def results(function, args, g):
+def call(kind, x, weight, bias, *rest):
+    """By `pointwise`."""
+    rest = list(rest)
+    add, row = rest.pop(0) if "add" in kind else None, rest.pop(0) if "row" in kind else None
+    return pointwise(x, weight, bias, add, first="first" in kind, row_BC=row, then="then" in kind)
+
+
+def plain(kind, x, weight, bias, *rest):
+    """As one would write it."""
+    if "row" in kind:
+        x = x + rest[-1][:, :, None, None]
+    y = F.conv2d(F.silu(x) if "first" in kind else x, weight[:, :, None, None], bias)
+    y = y + rest[0] if "add" in kind else y
+    return F.silu(y) if "then" in kind else y
+
+
+def results(function, kind, args, g):
     """Output and gradients."""
     args = [t.detach().requires_grad_() for t in args]
-    y = function(*args)
+    y = function(kind, *args)
     return [y.detach(), *torch.autograd.grad(y, args, g)]
 
 
-def conv(x, weight, bias, silu=False):
-    y = F.conv2d(x, weight[:, :, None, None], bias)
-    return F.silu(y) if silu else y
+def reference(kind, args, g):
+    """In float64."""
+    return results(plain, kind, [t.double() for t in args], g.double())
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -54,67 +74,81 @@ def assert_close(got, want, tolerance=1e-5):
         assert ((a.double() - b).abs().max() / b.abs().max()).item() <= tolerance
 
 
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_float64_convolution(shape, silu):
-    args, g = make(*shape)
-    want = results(lambda *a: conv(*a, silu), [t.double() for t in args], g.double())
-    assert_close(results(lambda *a: pointwise(*a, silu), args, g), want)
-    with torch.no_grad():  # another operator: SiLU within the product
-        assert_close([pointwise(*args, silu)], want[:1])
+def assert_equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_is_added_is_added_and_gets_the_gradient(shape):
-    (x, weight, bias), g = make(*shape)
-    add = (g + 1).flip(0).contiguous(memory_format=torch.channels_last)
-    args = [x, weight, bias, add]
-    want = results(lambda *a: a[3] + conv(*a[:3]), [t.double() for t in args], g.double())
-
-    def added(x, weight, bias, add):
-        return pointwise(x, weight, bias, add_BOHW=add)
-
-    assert_close(results(added, args, g), want)
-    assert_close(results(added, [*args[:3], add.contiguous()], g), want)  # torch's layout
-    with torch.no_grad():
-        assert_close([added(*args)], want[:1])
-        assert_close([pointwise(*args[:3], True, add)], [F.silu(want[0])])
-    if impl.onednn():
-        assert added(x, weight.requires_grad_(), bias, add).grad_fn.next_functions[0][0].name() == "_PointwiseBackward"
+@each_kind
+@each_shape
+def test_equals_the_float64_convolution(shape, kind):
+    args, g = make(kind, *shape)
+    want = reference(kind, args, g)
+    got = results(call, kind, args, g)
+    assert_close(got, want)
+    with torch.no_grad():  # nothing is kept
+        assert_equal([call(kind, *args)], got[:1])
+    with literal():
+        assert_close(results(call, kind, args, g), want)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
-def test_the_c_kernel_is_what_is_tested_here_and_its_bits_do_not_depend_on_threads():
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("without AVX512 the product is MKL's, by design")
-    assert impl.onednn() and impl._library() is not None
-    g, x = torch.randn(5000, 45), torch.randn(5000, 130)
+@needs_compiler
+@each_kind
+def test_the_c_kernel_is_what_is_tested_here_and_its_bits_do_not_depend_on_threads_or_batch(kind):
+    args, g = make(kind, 19, 130, 45, 20, 13)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(impl._weight_gradient(g, x))
+            found.append(results(call, kind, args, g))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    assert not torch.equal(found[0][0], g.t() @ x)  # it is not torch's product
+    for other in found[1:]:
+        assert_equal(other, found[0])
+    images = [t[7:9] if t.shape[0] == 19 else t for t in args]
+    alone = results(call, kind, images, g[7:9])
+    of_images = [0, *(n for n, t in enumerate(args, 1) if t.shape[0] == 19)]
+    assert_equal([alone[n] for n in of_images], [found[0][n][7:9] for n in of_images])
+    y = call(kind, args[0].requires_grad_(), *args[1:])
+    assert y.grad_fn.next_functions[0][0].name() == "_PointwiseBackward"
 
 
-def test_without_a_compiler_torch_gives_the_same(monkeypatch):
-    args, g = make(*SHAPES[1])
-    want = results(pointwise, args, g)
+@each_kind
+def test_without_a_compiler_torch_gives_the_same(kind, monkeypatch):
+    args, g = make(kind, *SHAPES[1])
+    want = results(call, kind, args, g)
     monkeypatch.setattr(impl, "_library", lambda: None)
-    assert_close(results(pointwise, args, g), want)
-    monkeypatch.setattr(impl, "onednn", lambda: False)
-    assert_close(results(pointwise, args, g), want)
+    assert_close(results(call, kind, args, g), want)
+
+
+@each_kind
+def test_only_the_gradients_asked_for(kind):
+    args, g = make(kind, *SHAPES[1])
+    want = results(call, kind, args, g)[1:]
+    for wanted in range(len(args)):
+        inputs = [t.clone().requires_grad_(n == wanted) for n, t in enumerate(args)]
+        call(kind, *inputs).backward(g)
+        assert_close([inputs[wanted].grad], [want[wanted].double()])
+        assert all(t.grad is None for n, t in enumerate(inputs) if n != wanted)
+
+
+@pytest.mark.parametrize("kind", ["first", "then"])
+def test_the_activation_over_its_whole_range(kind):
+    x = torch.cat([torch.linspace(-100, 100, 60_000), torch.linspace(-1, 1, 4_000)]).reshape(1, 32, 40, 50)
+    x = x.contiguous(memory_format=torch.channels_last)
+    args, ones = [x, torch.eye(32), torch.zeros(32)], torch.ones_like(x)
+    for a, b in zip(results(call, kind, args, ones)[:2], reference(kind, args, ones)[:2], strict=True):
+        assert ((a.double() - b).abs() <= 1e-6 * b.abs() + 1e-7).all()  # the value and the slope
+    nan = [torch.full_like(x, torch.nan), *args[1:]]
+    assert all(t.isnan().all() for t in results(call, kind, nan, ones)[:2])
 
 
 def test_layouts_gradients_and_modes():
-    args, g = make(*SHAPES[0])
-    want = results(conv, args, g)
-    assert_close(results(pointwise, [args[0].contiguous(), *args[1:]], g.contiguous()), want)
+    args, g = make("plain", *SHAPES[0])
+    want = reference("plain", args, g)
+    assert_close(results(call, "plain", [args[0].contiguous(), *args[1:]], g.contiguous()), want)
+    assert_close(results(call, "plain", [args[0], args[1].t().contiguous().t(), args[2]], g), want)
     x, weight, bias = args
-    weight.requires_grad_()  # of one alone
+    weight.requires_grad_()
     assert_close(torch.autograd.grad(pointwise(x, weight, None), weight, g), want[2:3])
     layer = Pointwise(64, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,9 +170,13 @@ def test_four_kernels_of_2x2_are_one_of_3x3_on_the_doubled_image(shape):
         torch.randn(*s, generator=rng)
         for s in [(B, C, H, W), (outputs, C, 3, 3), (outputs,), (B, outputs, 2 * H, 2 * W)]
     )
+
+    def doubled(_, *args):
+        return upsampled(*args)
+
     with literal():
-        want = results(upsampled, [t.double() for t in (x, weight, bias)], g.double())
-    assert_close(results(upsampled, [x, weight, bias], g), want)
+        want = results(doubled, "", [t.double() for t in (x, weight, bias)], g.double())
+    assert_close(results(doubled, "", [x, weight, bias], g), want)
 
 
 def test_multiply_adds_are_told_of_the_literal():

@@ -1,0 +1,177 @@
+/* Chains of products on row-major float32 (B, P, C), each one pass forward and one backward, a tile of positions at a time:
+ * what lies between two products stays in the nearest caches. Weights are (O, K). Tiles, and the chunks of them that share
+ * sums, are cut by the shape alone: the same bits at any number of threads. */
+#include "elements.h"
+#include "product.h"
+
+/* --- a product with its gradients -----------------------------------------------------------------------------*/
+
+typedef struct {
+    const float *w, *bias;
+    float *packed, *back, *sums, *dw, *db; /* for the product, for its input's gradient; sums of all chunks */
+    idx O, K, size;
+} layer_t;
+
+/* Returns whether memory is out. */
+static int prepare(layer_t *l, int forward, cut_t cut, const pool_t *pool, idx threads) {
+    l->size = sums_of(l->O, l->K);
+    if (forward) l->packed = packed(l->w, l->O, l->K, 0, pool, threads);
+    else l->back = packed(l->w, l->O, l->K, 1, pool, threads), l->sums = floats(l->size * cut.chunks);
+    return forward ? !l->packed : !l->back || !l->sums;
+}
+
+static void finish(layer_t *l, int failed, int forward, cut_t cut) {
+    if (!failed && !forward) gather(l->sums, cut.chunks, l->size, l->O, l->K, l->dw, l->db);
+    free(l->packed), free(l->back), free(l->sums);
+}
+
+/* Of chunk `chunk`: adds to the weight's gradient, and gives the input's, times `slope` where that is not NULL. */
+static void layer_grad(const layer_t *l, idx chunk, idx rows, const float *g, const float *x, const float *slope, float *dx) {
+    weight_gradient(rows, g, l->O, x, l->K, l->sums + chunk * l->size);
+    if (slope) product(TIMES, rows, g, l->O, l->back, l->K, (out_t){.more = slope, .y = dx});
+    else product(PLAIN, rows, g, l->O, l->back, l->K, (out_t){.y = dx});
+}
+
+#define MAX_LAYERS 3
+
+typedef struct job {
+    const float *x, *row[2], *in[6];
+    float *y, *out[3], *moments, *rows, *room; /* rows: (tiles, 2, C) */
+    float eps;
+    cut_t cut;
+    layer_t layer[MAX_LAYERS];
+    idx layers, C, M, each; /* floats of a thread's room */
+    void (*body)(const struct job *, tile_t, idx k, idx chunk, float *room);
+} job_t;
+
+static void forward(void *data, idx k, idx me) {
+    const job_t *j = data;
+    j->body(j, tile(j->cut, k), k, 0, j->room + me * j->each);
+}
+
+static void backward(void *data, idx chunk, idx me) {
+    const job_t *j = data;
+    for (idx i = 0; i < j->layers; i++)
+        memset(j->layer[i].sums + chunk * j->layer[i].size, 0, j->layer[i].size * sizeof(float));
+    for (idx k = chunk * j->cut.chunk; k < (chunk + 1) * j->cut.chunk && k < j->cut.tiles; k++) {
+        memset(j->rows + k * 2 * j->C, 0, 2 * j->C * sizeof(float));
+        j->body(j, tile(j->cut, k), k, chunk, j->room + me * j->each);
+    }
+}
+
+/* drows, (B, 2 C), where it is a backward pass. Returns 0, or 1 when out of memory. */
+static int run(job_t *j, float *drows, const pool_t *pool, idx threads) {
+    const int ahead = !drows;
+    const idx pieces = ahead ? j->cut.tiles : j->cut.chunks;
+    int failed = 0;
+    for (idx i = 0; i < j->layers; i++) failed |= prepare(&j->layer[i], ahead, j->cut, pool, threads);
+    j->room = floats(j->each * parts(pieces, pool, threads));
+    j->rows = ahead ? NULL : floats(j->cut.tiles * 2 * j->C);
+    failed |= !j->room || (!ahead && !j->rows);
+    if (!failed) side_by_side(ahead ? forward : backward, j, pieces, pool, threads);
+    if (!failed && !ahead) gather_rows(j->cut, j->rows, 2 * j->C, drows);
+    for (idx i = 0; i < j->layers; i++) finish(&j->layer[i], failed, ahead, j->cut);
+    free(j->room), free(j->rows);
+    return failed;
+}
+
+/* --- feed-forward: y = x + W2 SiLU(z) + b2, z = W1 AdaLN(x) + b1 ------------------------------------------------*/
+
+static void feed_forward(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx C = j->C, M = j->M;
+    float *normed = room, *active = room + TILE * C;
+    adaln(t.rows, C, j->x + t.at * C, j->row[0] + t.b * 2 * C, j->eps, normed, j->moments ? j->moments + t.at * 2 : NULL, NULL);
+    product(SILU, t.rows, normed, C, j->layer[0].packed, M,
+            (out_t){.bias = j->layer[0].bias, .y = active, .before = j->out[0] ? j->out[0] + t.at * M : NULL});
+    product(ADD, t.rows, active, M, j->layer[1].packed, C,
+            (out_t){.bias = j->layer[1].bias, .more = j->x + t.at * C, .y = j->y + t.at * C});
+}
+
+static void feed_forward_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx C = j->C, M = j->M;
+    float *active = room, *slope = active + TILE * M, *dz = slope + TILE * M, *normed = dz + TILE * M, *dn = normed + TILE * C;
+    const float *g = j->in[0] + t.at * C, *x = j->x + t.at * C, *scale = j->row[0] + t.b * 2 * C;
+    activate(t.rows, M, j->in[1] + t.at * M, NULL, active, slope);
+    layer_grad(&j->layer[1], chunk, t.rows, g, active, slope, dz);
+    adaln(t.rows, C, x, scale, j->eps, normed, NULL, NULL);
+    layer_grad(&j->layer[0], chunk, t.rows, dz, normed, NULL, dn);
+    adaln_grad(t.rows, C, dn, x, g, scale, NULL, 0, j->moments + t.at * 2, j->y + t.at * C, j->rows + k * 2 * C);
+}
+
+/* --- heads of a CfC cell: y = s g + (1 - s) h, s = sigmoid(a f - b), f = Wf z, g = Wg SiLU(u), h = Wh SiLU(v) --*/
+
+/* layers f, g, h; in: z, u, v, (B, P, M); row: a, b; out: f, g, h kept, or NULL */
+static void heads(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx C = j->C, M = j->M;
+    float *active = room, *to[3];
+    for (int i = 0; i < 3; i++) {
+        const float *in = j->in[i] + t.at * M;
+        to[i] = j->out[0] ? j->out[i] + t.at * C : room + TILE * (M + i * C);
+        if (i) activate(t.rows, M, in, NULL, active, NULL), in = active;
+        product(PLAIN, t.rows, in, M, j->layer[i].packed, C, (out_t){.bias = j->layer[i].bias, .y = to[i]});
+    }
+    gate(t.rows, C, to[0], to[1], to[2], j->row[0] + t.b * C, j->row[1] + t.b * C, j->y + t.at * C);
+}
+
+/* x: the gradient of y; in: z, u, v, f, g, h; out: dz, du, dv */
+static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx C = j->C, M = j->M, at = t.at * C;
+    float *active = room, *slope = active + TILE * M, *d = slope + TILE * M, *each[3] = {d, d + TILE * C, d + 2 * TILE * C};
+    gate_grad(t.rows, C, j->x + at, j->in[3] + at, j->in[4] + at, j->in[5] + at, j->row[0] + t.b * C, j->row[1] + t.b * C,
+              each[0], each[1], each[2], j->rows + k * 2 * C);
+    for (int i = 0; i < 3; i++) {
+        const float *in = j->in[i] + t.at * M;
+        if (i) activate(t.rows, M, in, NULL, active, slope);
+        layer_grad(&j->layer[i], chunk, t.rows, each[i], i ? active : in, i ? slope : NULL, j->out[i] + t.at * M);
+    }
+}
+
+/* --- entries --------------------------------------------------------------------------------------------------*/
+
+#define SHAPE idx B, idx P, idx C, idx M, const pool_t *pool, idx threads
+#define JOB .cut = cut(B, P), .C = C, .M = M
+
+int chain_rows(void) { return ROWS; }     /* the least C and M of a product's output */
+int chain_columns(void) { return PANEL; } /* ... and of its input */
+
+/* modulation: scales and shifts, (B, 2 C). moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No
+ * dimension is 0. Returns 0, or 1 when out of memory; so do all below. */
+int feed_forward_forward(const float *x, const float *modulation, const float *w1, const float *b1, const float *w2,
+                         const float *b2, float *y, float *moments, float *z, float eps, SHAPE) {
+    job_t j = {JOB, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps, .layers = 2,
+               .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
+               .each = TILE * (C + M), .body = feed_forward};
+    return run(&j, NULL, pool, threads);
+}
+
+int feed_forward_backward(const float *g, const float *x, const float *modulation, const float *w1, const float *w2,
+                          const float *moments, const float *z, float *dx, float *dmodulation, float *dw1, float *db1,
+                          float *dw2, float *db2, float eps, SHAPE) {
+    job_t j = {JOB, .x = x, .row = {modulation}, .in = {g, z}, .y = dx, .moments = (float *)moments, .eps = eps, .layers = 2,
+               .layer = {{.w = w1, .dw = dw1, .db = db1, .O = M, .K = C}, {.w = w2, .dw = dw2, .db = db2, .O = C, .K = M}},
+               .each = TILE * (3 * M + 2 * C), .body = feed_forward_grad};
+    return run(&j, dmodulation, pool, threads);
+}
+
+/* kf, kg, kh: f, g, h, (B, P, C), for the backward pass, or NULL all. */
+int heads_forward(const float *z, const float *u, const float *v, const float *a, const float *b, const float *wf,
+                  const float *bf, const float *wg, const float *bg, const float *wh, const float *bh, float *y, float *kf,
+                  float *kg, float *kh, SHAPE) {
+    job_t j = {JOB, .in = {z, u, v}, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .layers = 3,
+               .layer = {{.w = wf, .bias = bf, .O = C, .K = M}, {.w = wg, .bias = bg, .O = C, .K = M},
+                         {.w = wh, .bias = bh, .O = C, .K = M}},
+               .each = TILE * (M + 3 * C), .body = heads};
+    return run(&j, NULL, pool, threads);
+}
+
+/* dab: of a and, beside it, b, (B, 2 C) */
+int heads_backward(const float *dy, const float *z, const float *u, const float *v, const float *a, const float *b,
+                   const float *wf, const float *wg, const float *wh, const float *f, const float *g, const float *h,
+                   float *dz, float *du, float *dv, float *dab, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh,
+                   float *dbh, SHAPE) {
+    job_t j = {JOB, .x = dy, .in = {z, u, v, f, g, h}, .row = {a, b}, .out = {dz, du, dv}, .layers = 3,
+               .layer = {{.w = wf, .dw = dwf, .db = dbf, .O = C, .K = M}, {.w = wg, .dw = dwg, .db = dbg, .O = C, .K = M},
+                         {.w = wh, .dw = dwh, .db = dbh, .O = C, .K = M}},
+               .each = TILE * (2 * M + 3 * C), .body = heads_grad};
+    return run(&j, dab, pool, threads);
+}

@@ -1,0 +1,183 @@
+"""The chains of products compute what their layers compute one after the other."""
+
+import copy
+import importlib
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from liquiddiff.block import FeedForward
+from liquiddiff.config import Mixer
+from liquiddiff.depthwise import literal
+from liquiddiff.mixers import CfC, Slot
+
+impl = importlib.import_module("liquiddiff.chains")
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler: the layers, rightly")
+# B, C, M, H, W: whole blocks, overlapping ones, tiles of less than 64 positions, several chunks; the last is too small
+SHAPES = [
+    (3, 32, 32, 8, 8),
+    (2, 64, 96, 20, 13),
+    (9, 45, 33, 7, 5),
+    (40, 64, 64, 4, 4),
+    (1, 128, 40, 33, 33),
+    (3, 8, 12, 5, 4),
+]
+NODES = {"feed_forward": "_FeedForwardBackward", "heads": "_HeadsBackward"}
+each_chain = pytest.mark.parametrize("chain", NODES)
+
+
+class Cell(nn.Module):
+    """A CfC cell with the arguments of a feed-forward; t is of no use to its gate."""
+
+    def __init__(self, C, M, **mixer):
+        super().__init__()
+        self.cell = CfC(Slot(C, M, 16, 8), Mixer("cfc", **mixer))
+
+    def forward(self, x, temb):
+        return self.cell(x, temb, temb[:, 0])
+
+
+def make(chain, B, C, M, H, W, **mixer):
+    """A module with no weight at zero, and its arguments: an image, a time embedding, a gradient of the output."""
+    rng = torch.Generator().manual_seed(C)
+    module = FeedForward(C, 16, M / C) if chain == "feed_forward" else Cell(C, M, **mixer)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+    x, g = (torch.randn(B, C, H, W, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    return module, x, torch.randn(B, 16, generator=rng), g
+
+
+def results(module, x, temb, g):
+    """Output and gradients: of the image, of the time embedding, of all parameters."""
+    x, temb = x.detach().requires_grad_(), temb.detach().requires_grad_()
+    y = module(x, temb)
+    return [y.detach(), *torch.autograd.grad(y, [x, temb, *module.parameters()], g)]
+
+
+def reference(module, x, temb, g):
+    """Layer by layer in float64."""
+    return results(copy.deepcopy(module).double(), x.double(), temb.double(), g.double())
+
+
+def assert_close(got, want, tolerance=1e-5):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max()
+
+
+def assert_equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@each_chain
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_layers_in_float64(chain, shape):
+    module, x, temb, g = make(chain, *shape)
+    got = results(module, x, temb, g)
+    assert_close(got, reference(module, x, temb, g))
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    for mode in (torch.no_grad, torch.inference_mode):  # nothing is kept
+        with mode():
+            assert_equal([module(x, temb)], got[:1])
+    if COMPILER and min(shape[1:3]) >= 32:
+        assert module(x, temb).grad_fn.name() == NODES[chain]
+
+
+def test_a_masked_wiring_trains_its_synapses_alone():
+    pytest.importorskip("ncps")
+    call = make("heads", 3, 32, 40, 6, 6, wiring="ncp")
+    got = results(*call)
+    assert_close(got, reference(*call))
+    names = [name for name, _ in call[0].named_parameters()]
+    for name in ("f", "g.2", "h.2"):
+        layer = call[0].cell.get_submodule(name)
+        gradient = got[3 + names.index(f"cell.{name}.weight")]
+        assert gradient[layer.mask == 0].abs().max() == 0 < gradient.abs().max()
+
+
+@needs_compiler
+@each_chain
+def test_bits_do_not_depend_on_threads_or_on_the_batch(chain):
+    module, *args = make(chain, 19, 64, 45, 20, 13)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(module, *args))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert_equal(other, found[0])
+    with torch.no_grad():  # the rows that the time embedding gives are torch's product, which may depend on the batch
+        temb = torch.zeros_like(args[1])
+        whole = module(args[0], temb)
+        for n in (0, 9, 18):
+            assert torch.equal(module(args[0][n : n + 1], temb[:1]), whole[n : n + 1])
+
+
+@each_chain
+def test_strides_and_modes_of_torch(chain):
+    module, x, temb, g = make(chain, 3, 32, 40, 6, 10)
+    want = results(module, x, temb, g)
+    assert_close(results(module, x.contiguous(), temb, g), want)  # layer by layer: not channels-last
+    assert_equal(results(module, x, temb, g.contiguous()), want)
+    one = torch.ones(()).expand_as(g)
+    assert_equal(results(module, x, temb, one), results(module, x, temb, torch.ones_like(g)))
+    with literal():
+        assert_close(results(module, x, temb, g), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close([module(x, temb)], want[:1], 0.05)
+    with FlopCounterMode(display=False) as counter:
+        module(x, temb)
+    assert counter.get_total_flops() > 2 * 3 * 60 * 2 * 32 * 40
+    assert copy.deepcopy(module).to("meta")(x.to("meta"), temb.to("meta")).shape == x.shape
+    one_by_one = torch.func.vmap(lambda x, temb: module(x[None], temb[None])[0])(x, temb)
+    assert_close([one_by_one], want[:1])
+    assert module(x[:0], temb[:0]).shape == (0, *x.shape[1:])
+
+
+@needs_compiler
+@each_chain
+def test_a_second_derivative_raises(chain):
+    module, x, temb, _ = make(chain, 2, 32, 32, 4, 4)
+    (dx,) = torch.autograd.grad(module(x.requires_grad_(), temb).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@each_chain
+def test_weights_that_are_frozen_get_no_gradient(chain):
+    module, x, temb, g = make(chain, 3, 32, 40, 4, 4)
+    want = results(module, x, temb, g)
+    module.requires_grad_(False)
+    module(x.requires_grad_(), temb).backward(g)
+    assert torch.equal(x.grad, want[1]) and all(p.grad is None for p in module.parameters())
+
+
+@needs_compiler
+@each_chain
+def test_less_is_kept_for_the_backward_pass_than_by_the_layers(chain):
+    module, x, temb, _ = make(chain, 8, 32, 32, 8, 8)
+
+    def saved():
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.numel()}), lambda t: t):
+            module(x.requires_grad_(), temb)
+        return sum(size for size in sizes.values() if size >= x.numel())
+
+    fast = saved()
+    with literal():
+        assert fast < saved()
+
+
+@each_chain
+def test_without_a_compiler_the_layers_give_the_same(chain, monkeypatch):
+    call = make(chain, 3, 64, 32, 5, 4)
+    want = results(*call)
+    monkeypatch.setattr(impl, "_library", lambda: None)
+    assert_close(results(*call), want)
