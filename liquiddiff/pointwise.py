@@ -37,7 +37,7 @@ def pointwise(
     """
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
-    if _fast(x_BHWC, weight_OC, bias_O, add, row_BC):
+    if not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC):
         if torch.is_grad_enabled():
             return _Pointwise.apply(x_BHWC, row_BC, weight_OC, bias_O, add, first, then).permute(0, 3, 1, 2)
         return _forward(x_BHWC, row_BC, weight_OC, bias_O, add, first, then).permute(0, 3, 1, 2)
@@ -55,7 +55,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, ro
     if is_literal() or not native.eager(*(t for t in (x, weight, bias, add, row) if t is not None)) or not x.numel():
         return False
     outputs, C = weight.shape
-    shaped = x.dim() == 4 and x.shape[3] == C and (bias is None or bias.shape == (outputs,))
+    shaped = x.dim() == 4 and x.shape[3] == C and (bias is None or (bias.shape == (outputs,) and bias.is_contiguous()))
     if not shaped or not x.is_contiguous() or (row is not None and row.shape != (len(x), C)):
         return False
     if add is not None and not (add.shape == (*x.shape[:3], outputs) and add.is_contiguous()):

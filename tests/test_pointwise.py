@@ -145,6 +145,8 @@ def test_the_activation_over_its_whole_range(kind):
 def test_layouts_gradients_and_modes():
     args, g = make("plain", *SHAPES[0])
     want = reference("plain", args, g)
+    both = F.silu(plain("plain", *args) + g)  # no kernel has this
+    assert_close([pointwise(*args, g, then=True)], [both.double()])
     assert_close(results(call, "plain", [args[0].contiguous(), *args[1:]], g.contiguous()), want)
     assert_close(results(call, "plain", [args[0], args[1].t().contiguous().t(), args[2]], g), want)
     x, weight, bias = args
