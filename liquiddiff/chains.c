@@ -131,8 +131,7 @@ static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) 
 #define SHAPE idx B, idx P, idx C, idx M, const pool_t *pool, idx threads
 #define JOB .cut = cut(B, P), .C = C, .M = M
 
-int chain_rows(void) { return ROWS; }     /* the least C and M of a product's output */
-int chain_columns(void) { return PANEL; } /* ... and of its input */
+int chain_least(void) { return PANEL; } /* C and M */
 
 /* modulation: scales and shifts, (B, 2 C). moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No
  * dimension is 0. Returns 0, or 1 when out of memory; so do all below. */

@@ -63,7 +63,7 @@ def _fast(images: Sequence[Tensor], C: int, M: int, weights: Sequence[Tensor], *
     if not all(t.is_contiguous() for t in (*weights, *rows)):
         return False
     library = _library()
-    return library is not None and min(C, M) >= library.chain_columns()
+    return library is not None and min(C, M) >= library.chain_least()
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ static void backward(void *data, idx k, idx me) {
         backward_tile(j, n, sums, j->room + me * j->each);
 }
 
-int pw_least_outputs(void) { return ROWS; } /* of what has a weight gradient */
+int pw_least_outputs(void) { return HEIGHT; } /* of what has a weight gradient */
 int pw_least_inputs(void) { return PANEL; }
 
 /* row (B, K) needs `in`; before, what SiLU is of, (B, P, O), is written where it is not NULL; so may be row, bias,

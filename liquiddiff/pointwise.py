@@ -35,6 +35,7 @@ def pointwise(
 
     first: of SiLU(x), or of SiLU(x + row) where there is one. then: SiLU of the result, where nothing is added.
     """
+    row_BC = row_BC if first else None
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
     if not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC):

@@ -5,7 +5,7 @@
 #include "lanes.h"
 
 #define PANEL (2 * VL)            /* outputs, or columns of a weight gradient, that are in registers together */
-#define HEIGHT (VL == 16 ? 8 : 4) /* rows, the same */
+#define HEIGHT (VL / 2)           /* rows, or those of a weight gradient, the same */
 #define TILE 64                   /* positions; also those between two visits of a weight gradient to its sums */
 #define CHUNK 512                 /* positions at least that share the sums of a weight gradient */
 #define MAX_CHUNKS 32
@@ -155,29 +155,28 @@ INLINE void product(const int then, idx rows, const float *x, idx K, const float
 
 /* --- dw = g^T x, db = sum g -----------------------------------------------------------------------------------*/
 
-/* Blocks of ROWS x PANEL weights; those at the end overlap those before: the same values twice. */
-#define ROWS (VL / 2)
+/* Blocks of HEIGHT x PANEL weights; those at the end overlap those before: the same values twice. */
 
 INLINE idx start(idx k, idx width, idx all) { return (k + 1) * width <= all ? k * width : all - width; }
 
-/* Floats of one chunk's sums: (blocks, ROWS, PANEL), then (O) of the bias. O >= ROWS, K >= PANEL. */
-INLINE idx sums_of(idx O, idx K) { return count(ROWS, O) * count(PANEL, K) * ROWS * PANEL + O; }
+/* Floats of one chunk's sums: (blocks, HEIGHT, PANEL), then (O) of the bias. O >= HEIGHT, K >= PANEL. */
+INLINE idx sums_of(idx O, idx K) { return count(HEIGHT, O) * count(PANEL, K) * HEIGHT * PANEL + O; }
 
 INLINE void weights_of(idx rows, const float *g, idx O, const float *x, idx K, float *at) {
-    vec sum[ROWS][2];
-    UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = LOAD(at + r * PANEL), sum[r][1] = LOAD(at + r * PANEL + VL);
+    vec sum[HEIGHT][2];
+    UNROLL for (int r = 0; r < HEIGHT; r++) sum[r][0] = LOAD(at + r * PANEL), sum[r][1] = LOAD(at + r * PANEL + VL);
     for (idx n = 0; n < rows; n++, g += O, x += K) {
         const vec a = LOAD(x), b = LOAD(x + VL);
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] += g[r] * a, sum[r][1] += g[r] * b;
+        UNROLL for (int r = 0; r < HEIGHT; r++) sum[r][0] += g[r] * a, sum[r][1] += g[r] * b;
     }
-    UNROLL for (int r = 0; r < ROWS; r++) STORE(at + r * PANEL, sum[r][0]), STORE(at + r * PANEL + VL, sum[r][1]);
+    UNROLL for (int r = 0; r < HEIGHT; r++) STORE(at + r * PANEL, sum[r][0]), STORE(at + r * PANEL + VL, sum[r][1]);
 }
 
 /* Adds a tile, g (rows, O) and x (rows, K), to a chunk's sums. */
 static void weight_gradient(idx rows, const float *g, idx O, const float *x, idx K, float *sums) {
-    for (idx r = 0; r < count(ROWS, O); r++)
-        for (idx c = 0; c < count(PANEL, K); c++, sums += ROWS * PANEL)
-            weights_of(rows, g + start(r, ROWS, O), O, x + start(c, PANEL, K), K, sums);
+    for (idx r = 0; r < count(HEIGHT, O); r++)
+        for (idx c = 0; c < count(PANEL, K); c++, sums += HEIGHT * PANEL)
+            weights_of(rows, g + start(r, HEIGHT, O), O, x + start(c, PANEL, K), K, sums);
     for (idx o = 0; o < O; o += VL) {
         const idx n = O - o < VL ? O - o : VL;
         vec even = load(sums + o, n), odd = {0};
@@ -193,9 +192,9 @@ static void gather(float *sums, idx chunks, idx size, idx O, idx K, float *dw, f
     const idx own = sums_of(O, K);
     for (idx k = 1; k < chunks; k++)
         for (idx i = 0; i < own; i++) sums[i] += sums[k * size + i];
-    for (idx r = 0; r < count(ROWS, O); r++)
+    for (idx r = 0; r < count(HEIGHT, O); r++)
         for (idx c = 0; c < count(PANEL, K); c++)
-            for (idx i = 0; i < ROWS; i++, sums += PANEL)
-                memcpy(dw + (start(r, ROWS, O) + i) * K + start(c, PANEL, K), sums, PANEL * sizeof(float));
+            for (idx i = 0; i < HEIGHT; i++, sums += PANEL)
+                memcpy(dw + (start(r, HEIGHT, O) + i) * K + start(c, PANEL, K), sums, PANEL * sizeof(float));
     if (db) memcpy(db, sums, O * sizeof(float));
 }
