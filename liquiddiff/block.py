@@ -59,12 +59,12 @@ class SpatialMix(nn.Module):
         pooled = None if self.pool is None else self.pool(mean)
         if self.concat or is_literal():
             scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
-            y = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
+            n = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
             pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
-        else:
-            # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
-            y = depthwise(n, merge_kernels(kernels), functools.reduce(torch.add, biases))
-        return self.out(y, x_BCHW, first=True, row_BC=pooled)
+            return self.out(n, x_BCHW, first=True, row_BC=pooled)
+        # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
+        merged = merge_kernels(kernels), functools.reduce(torch.add, biases)
+        return self.out(n, x_BCHW, first=True, row_BC=pooled, of=merged)
 
 
 class FeedForward(nn.Module):

@@ -35,12 +35,13 @@ static void layer_grad(const layer_t *l, idx chunk, idx rows, const float *g, co
 #define MAX_LAYERS 3
 
 typedef struct job {
-    const float *x, *row[2], *in[6];
-    float *y, *out[3], *moments, *rows, *room; /* rows: (tiles, 2, C) */
-    float eps;
+    const float *x, *row[2], *in[4];
+    float *y, *out[3], *moments, *rows, *room; /* rows: (tiles, wide), gradients of what is one row for an image */
+    const depthwise_t *conv[2];                /* or NULL */
+    float *taps[2], eps;
     cut_t cut;
     layer_t layer[MAX_LAYERS];
-    idx layers, C, M, each; /* floats of a thread's room */
+    idx layers, C, M, wide, each; /* each: floats of a thread's room */
     void (*body)(const struct job *, tile_t, idx k, idx chunk, float *room);
 } job_t;
 
@@ -54,24 +55,26 @@ static void backward(void *data, idx chunk, idx me) {
     for (idx i = 0; i < j->layers; i++)
         memset(j->layer[i].sums + chunk * j->layer[i].size, 0, j->layer[i].size * sizeof(float));
     for (idx k = chunk * j->cut.chunk; k < (chunk + 1) * j->cut.chunk && k < j->cut.tiles; k++) {
-        memset(j->rows + k * 2 * j->C, 0, 2 * j->C * sizeof(float));
+        memset(j->rows + k * j->wide, 0, j->wide * sizeof(float));
         j->body(j, tile(j->cut, k), k, chunk, j->room + me * j->each);
     }
 }
 
-/* drows, (B, 2 C), where it is a backward pass. Returns 0, or 1 when out of memory. */
+/* drows, (B, wide), where it is a backward pass. Returns 0, or 1 when out of memory. */
 static int run(job_t *j, float *drows, const pool_t *pool, idx threads) {
     const int ahead = !drows;
     const idx pieces = ahead ? j->cut.tiles : j->cut.chunks;
     int failed = 0;
     for (idx i = 0; i < j->layers; i++) failed |= prepare(&j->layer[i], ahead, j->cut, pool, threads);
     j->room = floats(j->each * parts(pieces, pool, threads));
-    j->rows = ahead ? NULL : floats(j->cut.tiles * 2 * j->C);
+    j->rows = ahead ? NULL : floats(j->cut.tiles * j->wide);
     failed |= !j->room || (!ahead && !j->rows);
+    for (int i = 0; i < 2; i++)
+        if (j->conv[i]) failed |= !(j->taps[i] = j->conv[i]->pack(j->conv[i]->w, j->layer[i].K));
     if (!failed) side_by_side(ahead ? forward : backward, j, pieces, pool, threads);
-    if (!failed && !ahead) gather_rows(j->cut, j->rows, 2 * j->C, drows);
+    if (!failed && !ahead) gather_rows(j->cut, j->rows, j->wide, drows);
     for (idx i = 0; i < j->layers; i++) finish(&j->layer[i], failed, ahead, j->cut);
-    free(j->room), free(j->rows);
+    free(j->room), free(j->rows), free(j->taps[0]), free(j->taps[1]);
     return failed;
 }
 
@@ -98,31 +101,68 @@ static void feed_forward_grad(const job_t *j, tile_t t, idx k, idx chunk, float 
     adaln_grad(t.rows, C, dn, x, g, scale, NULL, 0, j->moments + t.at * 2, j->y + t.at * C, j->rows + k * 2 * C);
 }
 
-/* --- heads of a CfC cell: y = s g + (1 - s) h, s = sigmoid(a f - b), f = Wf z, g = Wg SiLU(u), h = Wh SiLU(v) --*/
+/* --- depthwise-separable: y = W2 ((1 + scale) SiLU(z)) + b2, z = W1 c + b1, c = x or a depthwise convolution of it --*/
 
-/* layers f, g, h; in: z, u, v, (B, P, M); row: a, b; out: f, g, h kept, or NULL */
+/* out: z and c kept, or NULL */
+static void separable(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx M = j->M;
+    const float *scale = j->row[0] + t.b * M, *x = j->x + t.at * j->C;
+    float *active = room, *c = j->out[1] ? j->out[1] + t.at * j->C : room + TILE * M;
+    if (j->conv[0]) convolve(j->conv[0], t, j->C, j->x, j->taps[0], c), x = c;
+    product(SILU, t.rows, x, j->C, j->layer[0].packed, M,
+            (out_t){.bias = j->layer[0].bias, .y = active, .before = j->out[0] ? j->out[0] + t.at * M : NULL});
+    for (idx r = 0; r < t.rows * M; r += M) {
+        const idx C = M;
+        CHANNELS(store(active + r + c, load(active + r + c, n) * (1.0f + load(scale + c, n)), n);)
+    }
+    product(PLAIN, t.rows, active, M, j->layer[1].packed, j->C, (out_t){.bias = j->layer[1].bias, .y = j->y + t.at * j->C});
+}
+
+/* x: c; in: the gradient of y, z; y: the gradient of c */
+static void separable_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
+    const idx M = j->M;
+    const layer_t *contract = &j->layer[1];
+    const float *g = j->in[0] + t.at * j->C, *scale = j->row[0] + t.b * M;
+    float *active = room, *slope = active + TILE * M, *dz = slope + TILE * M, *dscale = j->rows + k * M;
+    activate(t.rows, M, j->in[1] + t.at * M, NULL, active, slope);
+    product(PLAIN, t.rows, g, j->C, contract->back, M, (out_t){.y = dz});
+    for (idx r = 0; r < t.rows * M; r += M) {
+        const idx C = M;
+        CHANNELS(
+            const vec up = 1.0f + load(scale + c, n), a = load(active + r + c, n), d = load(dz + r + c, n);
+            add(dscale + c, d * a, n);
+            store(dz + r + c, d * up * load(slope + r + c, n), n);
+            store(active + r + c, a * up, n);)
+    }
+    weight_gradient(t.rows, g, j->C, active, M, contract->sums + chunk * contract->size);
+    layer_grad(&j->layer[0], chunk, t.rows, dz, j->x + t.at * j->C, NULL, j->y + t.at * j->C);
+}
+
+/* --- heads of a CfC cell: y = s g + (1 - s) h, s = sigmoid(a f - b), f = Wf z, g = Wg SiLU(u), h = Wh SiLU(v), u and v
+ * depthwise convolutions of z ----------------------------------------------------------------------------------*/
+
+/* layers f, g, h; x: z, (B, P, M); conv: u, v; row: a, b; out: f, g, h kept, or NULL */
 static void heads(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx C = j->C, M = j->M;
     float *active = room, *to[3];
     for (int i = 0; i < 3; i++) {
-        const float *in = j->in[i] + t.at * M;
         to[i] = j->out[0] ? j->out[i] + t.at * C : room + TILE * (M + i * C);
-        if (i) activate(t.rows, M, in, NULL, active, NULL), in = active;
-        product(PLAIN, t.rows, in, M, j->layer[i].packed, C, (out_t){.bias = j->layer[i].bias, .y = to[i]});
+        if (i) convolve(j->conv[i - 1], t, M, j->x, j->taps[i - 1], active), activate(t.rows, M, active, NULL, active, NULL);
+        product(PLAIN, t.rows, i ? active : j->x + t.at * M, M, j->layer[i].packed, C,
+                (out_t){.bias = j->layer[i].bias, .y = to[i]});
     }
     gate(t.rows, C, to[0], to[1], to[2], j->row[0] + t.b * C, j->row[1] + t.b * C, j->y + t.at * C);
 }
 
-/* x: the gradient of y; in: z, u, v, f, g, h; out: dz, du, dv */
+/* in: the gradient of y, f, g, h; out: gradients of what the products take: z (from f alone), u, v */
 static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx C = j->C, M = j->M, at = t.at * C;
     float *active = room, *slope = active + TILE * M, *d = slope + TILE * M, *each[3] = {d, d + TILE * C, d + 2 * TILE * C};
-    gate_grad(t.rows, C, j->x + at, j->in[3] + at, j->in[4] + at, j->in[5] + at, j->row[0] + t.b * C, j->row[1] + t.b * C,
+    gate_grad(t.rows, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->in[3] + at, j->row[0] + t.b * C, j->row[1] + t.b * C,
               each[0], each[1], each[2], j->rows + k * 2 * C);
     for (int i = 0; i < 3; i++) {
-        const float *in = j->in[i] + t.at * M;
-        if (i) activate(t.rows, M, in, NULL, active, slope);
-        layer_grad(&j->layer[i], chunk, t.rows, each[i], i ? active : in, i ? slope : NULL, j->out[i] + t.at * M);
+        if (i) convolve(j->conv[i - 1], t, M, j->x, j->taps[i - 1], active), activate(t.rows, M, active, NULL, active, slope);
+        layer_grad(&j->layer[i], chunk, t.rows, each[i], i ? active : j->x + t.at * M, i ? slope : NULL, j->out[i] + t.at * M);
     }
 }
 
@@ -148,29 +188,48 @@ int feed_forward_backward(const float *g, const float *x, const float *modulatio
                           float *dw2, float *db2, float eps, SHAPE) {
     job_t j = {JOB, .x = x, .row = {modulation}, .in = {g, z}, .y = dx, .moments = (float *)moments, .eps = eps, .layers = 2,
                .layer = {{.w = w1, .dw = dw1, .db = db1, .O = M, .K = C}, {.w = w2, .dw = dw2, .db = db2, .O = C, .K = M}},
-               .each = TILE * (3 * M + 2 * C), .body = feed_forward_grad};
+               .wide = 2 * C, .each = TILE * (3 * M + 2 * C), .body = feed_forward_grad};
     return run(&j, dmodulation, pool, threads);
 }
 
+/* scale (B, M); conv, whose H W are P, may be NULL; z (B, P, M) and what conv gives, c (B, P, C), are for the backward
+ * pass, or NULL. */
+int separable_forward(const float *x, const float *scale, const float *w1, const float *b1, const float *w2, const float *b2,
+                      float *y, float *z, float *c, const depthwise_t *conv, SHAPE) {
+    job_t j = {JOB, .x = x, .row = {scale}, .y = y, .out = {z, c}, .conv = {conv}, .layers = 2,
+               .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
+               .each = TILE * (C + M), .body = separable};
+    return run(&j, NULL, pool, threads);
+}
+
+/* c: x, where there is no conv */
+int separable_backward(const float *g, const float *c, const float *scale, const float *w1, const float *w2, const float *z,
+                       float *dc, float *dscale, float *dw1, float *db1, float *dw2, float *db2, SHAPE) {
+    job_t j = {JOB, .x = c, .row = {scale}, .in = {g, z}, .y = dc, .layers = 2, .wide = M,
+               .layer = {{.w = w1, .dw = dw1, .db = db1, .O = M, .K = C}, {.w = w2, .dw = dw2, .db = db2, .O = C, .K = M}},
+               .each = TILE * 3 * M, .body = separable_grad};
+    return run(&j, dscale, pool, threads);
+}
+
 /* kf, kg, kh: f, g, h, (B, P, C), for the backward pass, or NULL all. */
-int heads_forward(const float *z, const float *u, const float *v, const float *a, const float *b, const float *wf,
-                  const float *bf, const float *wg, const float *bg, const float *wh, const float *bh, float *y, float *kf,
-                  float *kg, float *kh, SHAPE) {
-    job_t j = {JOB, .in = {z, u, v}, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .layers = 3,
+int heads_forward(const float *z, const float *a, const float *b, const float *wf, const float *bf, const float *wg,
+                  const float *bg, const float *wh, const float *bh, float *y, float *kf, float *kg, float *kh,
+                  const depthwise_t *u, const depthwise_t *v, SHAPE) {
+    job_t j = {JOB, .x = z, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .conv = {u, v}, .layers = 3,
                .layer = {{.w = wf, .bias = bf, .O = C, .K = M}, {.w = wg, .bias = bg, .O = C, .K = M},
                          {.w = wh, .bias = bh, .O = C, .K = M}},
                .each = TILE * (M + 3 * C), .body = heads};
     return run(&j, NULL, pool, threads);
 }
 
-/* dab: of a and, beside it, b, (B, 2 C) */
-int heads_backward(const float *dy, const float *z, const float *u, const float *v, const float *a, const float *b,
-                   const float *wf, const float *wg, const float *wh, const float *f, const float *g, const float *h,
-                   float *dz, float *du, float *dv, float *dab, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh,
-                   float *dbh, SHAPE) {
-    job_t j = {JOB, .x = dy, .in = {z, u, v, f, g, h}, .row = {a, b}, .out = {dz, du, dv}, .layers = 3,
+/* dz is f's share alone. dab: of a and, beside it, b, (B, 2 C) */
+int heads_backward(const float *dy, const float *z, const float *a, const float *b, const float *wf, const float *wg,
+                   const float *wh, const float *f, const float *g, const float *h, float *dz, float *du, float *dv,
+                   float *dab, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh, float *dbh, const depthwise_t *u,
+                   const depthwise_t *v, SHAPE) {
+    job_t j = {JOB, .x = z, .in = {dy, f, g, h}, .row = {a, b}, .out = {dz, du, dv}, .conv = {u, v}, .layers = 3,
                .layer = {{.w = wf, .dw = dwf, .db = dbf, .O = C, .K = M}, {.w = wg, .dw = dwg, .db = dbg, .O = C, .K = M},
                          {.w = wh, .dw = dwh, .db = dbh, .O = C, .K = M}},
-               .each = TILE * (2 * M + 3 * C), .body = heads_grad};
+               .wide = 2 * C, .each = TILE * (2 * M + 3 * C), .body = heads_grad};
     return run(&j, dab, pool, threads);
 }

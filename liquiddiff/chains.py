@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
-from liquiddiff.depthwise import is_literal
+from liquiddiff.depthwise import Inner, Kernel, gradients, is_literal
 
-__all__ = ["feed_forward", "heads"]
+__all__ = ["feed_forward", "heads", "separable"]
 
 Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 convolution
 
@@ -27,40 +27,56 @@ Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 conv
 def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract: Layer) -> Tensor | None:
     """X + contract(SiLU(expand(AdaLN(x)))), (B, C, H, W); `modulation` as fused.adaln has it."""
     weights, (B, C) = (*expand, *contract), x_BCHW.shape[:2]
-    if not _fast([x_BCHW], C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape != (B, 2 * C):
+    if not _fast(x_BCHW, C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape != (B, 2 * C):
         return None
     if torch.is_grad_enabled():
         return _FeedForward.apply(x_BCHW, modulation_B2C, *weights)
     y = torch.empty_like(x_BCHW)
-    _call("feed_forward_forward", x_BCHW, len(expand[0]), x_BCHW, modulation_B2C, *weights, y, None, None)
+    _call("feed_forward_forward", x_BCHW, len(expand[0]), [x_BCHW, modulation_B2C, *weights, y, None, None])
+    return y
+
+
+def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Tensor, contract: Layer) -> Tensor | None:
+    """contract((1 + scale) * SiLU(expand(c))), (B, C, H, W), where c is x, convolved depthwise if there is a kernel."""  # noqa: D403
+    weights, (B, C), M = (*expand, *contract), x_BCHW.shape[:2], len(expand[0])
+    if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape != (B, M):
+        return None
+    if kernel is not None and not Inner.takes(x_BCHW, kernel):
+        return None
+    if torch.is_grad_enabled():
+        return _Separable.apply(x_BCHW, scale_BM, *weights, *(kernel or (None, None)))
+    y = torch.empty_like(x_BCHW)
+    _call("separable_forward", x_BCHW, M, [x_BCHW, scale_BM, *weights, y, None, None], [_inner(x_BCHW, kernel)])
     return y
 
 
 def heads(
-    z_BMHW: Tensor, u_BMHW: Tensor, v_BMHW: Tensor, layers: Sequence[Layer], a_BC: Tensor, b_BC: Tensor
+    z_BMHW: Tensor, kernels: Sequence[Kernel], layers: Sequence[Layer], a_BC: Tensor, b_BC: Tensor
 ) -> Tensor | None:
     """S g + (1 - s) h, s = sigmoid(a f - b), (B, C, H, W), of a CfC cell, by its three 1x1 layers f, g and h:
-    f = layer(z), g = layer(SiLU(u)), h = layer(SiLU(v)).
+    f = layer(z), g = layer(SiLU(u)), h = layer(SiLU(v)), where u and v are z convolved depthwise by the two kernels.
     """
     weights = [tensor for layer in layers for tensor in layer]
     (B, M), C = z_BMHW.shape[:2], len(weights[0])
-    if not _fast([z_BMHW, u_BMHW, v_BMHW], C, M, weights, a_BC, b_BC) or not a_BC.shape == b_BC.shape == (B, C):
+    if not _fast(z_BMHW, C, M, weights, a_BC, b_BC) or not a_BC.shape == b_BC.shape == (B, C):
+        return None
+    if not all(Inner.takes(z_BMHW, kernel) for kernel in kernels):
         return None
     if torch.is_grad_enabled():
-        return _Heads.apply(z_BMHW, u_BMHW, v_BMHW, a_BC, b_BC, *weights)
+        return _Heads.apply(z_BMHW, a_BC, b_BC, *weights, *(tensor for kernel in kernels for tensor in kernel))
     y = _image(z_BMHW, C)
-    _call("heads_forward", y, M, z_BMHW, u_BMHW, v_BMHW, a_BC, b_BC, *weights, y, None, None, None)
+    inner = [Inner(z_BMHW, kernel) for kernel in kernels]
+    _call("heads_forward", y, M, [z_BMHW, a_BC, b_BC, *weights, y, None, None, None], inner)
     return y
 
 
-def _fast(images: Sequence[Tensor], C: int, M: int, weights: Sequence[Tensor], *rows: Tensor) -> bool:
+def _fast(image: Tensor, C: int, M: int, weights: Sequence[Tensor], *rows: Tensor) -> bool:
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
-    if is_literal() or not native.eager(*images, *weights, *rows) or images[0].numel() == 0:
+    if is_literal() or not native.eager(image, *weights, *rows) or image.numel() == 0:
         return False
-    for image in images:
-        if image.shape != images[0].shape or not image.is_contiguous(memory_format=torch.channels_last):
-            return False
-    if not all(t.is_contiguous() for t in (*weights, *rows)):
+    if not image.is_contiguous(memory_format=torch.channels_last) or not all(
+        t.is_contiguous() for t in (*weights, *rows)
+    ):
         return False
     library = _library()
     return library is not None and min(C, M) >= library.chain_least()
@@ -68,7 +84,10 @@ def _fast(images: Sequence[Tensor], C: int, M: int, weights: Sequence[Tensor], *
 
 # --- the C library ---------------------------------------------------------------------------------------------------
 
-POINTERS = {"feed_forward_forward": 9, "feed_forward_backward": 13, "heads_forward": 15, "heads_backward": 22}
+POINTERS = {
+    **{"feed_forward_forward": 9, "feed_forward_backward": 13, "separable_forward": 10, "separable_backward": 12},
+    **{"heads_forward": 15, "heads_backward": 22},
+}
 EPS = 1e-5  # of the norm
 
 
@@ -82,12 +101,19 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _call(name: str, image: Tensor, M: int, *tensors: Tensor | None) -> None:
+def _call(
+    name: str, image: Tensor, M: int, tensors: Sequence[Tensor | None], inner: Sequence[Inner | None] = ()
+) -> None:
     B, C, H, W = image.shape
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers += [None if conv is None else conv.address for conv in inner]
     options = [EPS] if name.startswith("feed_forward") else []
     if getattr(_library(), name)(*pointers, *options, B, H * W, C, M, native.pool(), torch.get_num_threads()):
         raise MemoryError("a chain of 1x1 convolutions: out of memory")
+
+
+def _inner(x_BCHW: Tensor, kernel: Kernel | None) -> Inner | None:
+    return None if kernel is None else Inner(x_BCHW, kernel)
 
 
 def _image(like: Tensor, channels: int) -> Tensor:
@@ -104,7 +130,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, modulation: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         B, _, H, W = x.shape
         y, moments, z = torch.empty_like(x), x.new_empty(B, H * W, 2), x.new_empty(B, H * W, len(w1))
-        _call("feed_forward_forward", x, len(w1), x, modulation, w1, b1, w2, b2, y, moments, z)
+        _call("feed_forward_forward", x, len(w1), [x, modulation, w1, b1, w2, b2, y, moments, z])
         ctx.save_for_backward(x, modulation, w1, b1, w2, b2, moments, z)
         return y
 
@@ -114,25 +140,66 @@ class _FeedForward(torch.autograd.Function):
         x, modulation, w1, b1, w2, b2, moments, z = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
         grads = _empty((x, modulation, w1, b1, w2, b2))
-        _call("feed_forward_backward", x, len(w1), g, x, modulation, w1, w2, moments, z, *grads)
+        _call("feed_forward_backward", x, len(w1), [g, x, modulation, w1, w2, moments, z, *grads])
         return tuple(grads)
+
+
+class _Separable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        kernel: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        y, z, c = torch.empty_like(x), _image(x, len(w1)), None if kernel is None else torch.empty_like(x)
+        inner = None if kernel is None else Inner(x, (kernel, shift))
+        _call("separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c], [inner])
+        ctx.save_for_backward(x, c, scale, w1, b1, w2, b2, z, kernel)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, c, scale, w1, b1, w2, b2, z, kernel = ctx.saved_tensors
+        g = g.contiguous(memory_format=torch.channels_last)
+        dc, *grads = _empty((x, scale, w1, b1, w2, b2))
+        _call("separable_backward", x, len(w1), [g, x if c is None else c, scale, w1, w2, z, dc, *grads])
+        if kernel is None:
+            return dc, *grads, None, None
+        need = ctx.needs_input_grad
+        dx, *of_kernel = gradients(dc, x, kernel, (need[0], *need[6:]))
+        return dx, *grads, *of_kernel
 
 
 class _Heads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, a: Tensor, b: Tensor, *tensors: Tensor) -> Tensor:
+        weights, (ku, su, kv, sv) = tensors[:6], tensors[6:]
+        inner = [Inner(z, (ku, su)), Inner(z, (kv, sv))]
         y, *kept = (_image(z, a.shape[1]) for _ in range(4))
-        _call("heads_forward", y, z.shape[1], z, u, v, a, b, *weights, y, *kept)
-        ctx.save_for_backward(z, u, v, a, b, *weights, *kept)
+        _call("heads_forward", y, z.shape[1], [z, a, b, *weights, y, *kept], inner)
+        ctx.save_for_backward(z, a, b, *tensors, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        z, u, v, a, b, *weights, f, g, h = ctx.saved_tensors
+        z, a, b, *tensors = ctx.saved_tensors
+        weights, (ku, su, kv, sv), kept = tensors[:6], tensors[6:10], tensors[10:]
         dy = dy.contiguous(memory_format=torch.channels_last)
-        images, found = _empty((z, u, v)), _empty(weights)
+        (dz, du, dv), found = _empty((z, z, z)), _empty(weights)
         dab = torch.cat([a, b], dim=1)
-        _call("heads_backward", dy, z.shape[1], dy, z, u, v, a, b, *weights[::2], f, g, h, *images, dab, *found)
+        inner = [Inner(z, (ku, su)), Inner(z, (kv, sv))]
+        images = [dy, z, a, b, *weights[::2], *kept, dz, du, dv, dab, *found]
+        _call("heads_backward", dy, z.shape[1], images, inner)
         da, db = dab.chunk(2, dim=1)
-        return *images, da, db, *found
+        need = ctx.needs_input_grad
+        with_u, *of_u = gradients(du, z, ku, (need[0], *need[9:11]), dz)
+        all_z, *of_v = gradients(dv, z, kv, (need[0], *need[11:13]), with_u)
+        return all_z, da, db, *found, *of_u, *of_v

@@ -23,11 +23,11 @@
 enum { EDGE, WHOLE }; /* a tile that asks which inputs exist (lo <= p < hi); a tile that is the whole row */
 #define OUTSIDE(p) (kind == WHOLE ? (p) < R || (p) >= R + T : (p) < lo || (p) >= hi)
 
-/* y[t] = bias + sum_ij x[i][t + j] * w[i][j] over the kernel rows that exist. */
+/* y[t] = bias + sum_ij x[i][t + j] * w[i][j] over the kernel rows that exist; other[t] for bias where there is one. */
 INLINE void conv_tile(const int T, const int kind, idx lo, idx hi, idx rows, const float *x, idx xs, idx xrow, const float *w,
-                      vec bias, float *y) {
+                      vec bias, const float *other, float *y) {
     vec sum[8], tap[K];
-    UNROLL for (int t = 0; t < T; t++) sum[t] = bias;
+    UNROLL for (int t = 0; t < T; t++) sum[t] = other ? LOAD(other + t * xs) : bias;
     for (idx i = 0; i < rows; i++, x += xrow, w += K * VL) {
         const float *q = x;
         UNROLL for (int j = 0; j < K; j++) tap[j] = LOAD(w + j * VL);
@@ -56,35 +56,37 @@ INLINE void grad_tile(const int T, const int kind, idx lo, idx hi, idx i0, idx i
     }
 }
 
-/* Cut a row of W outputs into tiles, u = the first output of each: CALL(T, kind, lo, hi). */
-#define ROW_TILES(CALL)                                                      \
-    if (W == 8) { const idx u = 0; CALL(8, WHOLE, 0, 0) }                    \
-    else if (W == 4) { const idx u = 0; CALL(4, WHOLE, 0, 0) }               \
-    else {                                                                   \
-        idx u = 0;                                                           \
-        for (; u + 8 <= W; u += 8) { CALL(8, EDGE, R - u, W + R - u) }       \
-        for (; u + 4 <= W; u += 4) { CALL(4, EDGE, R - u, W + R - u) }       \
-        for (; u < W; u++) { CALL(1, EDGE, R - u, W + R - u) }               \
+/* Cut outputs `from` to `to` of a row of W into tiles, u = the first output of each: CALL(T, kind, lo, hi). */
+#define ROW_TILES(CALL, from, to)                                                \
+    if (W == 8 && to - from == W) { const idx u = 0; CALL(8, WHOLE, 0, 0) }      \
+    else if (W == 4 && to - from == W) { const idx u = 0; CALL(4, WHOLE, 0, 0) } \
+    else {                                                                       \
+        idx u = from;                                                            \
+        for (; u + 8 <= to; u += 8) { CALL(8, EDGE, R - u, W + R - u) }          \
+        for (; u + 4 <= to; u += 4) { CALL(4, EDGE, R - u, W + R - u) }          \
+        for (; u < to; u++) { CALL(1, EDGE, R - u, W + R - u) }                  \
     }
 
-/* One image, channel blocks k0 .. k1 innermost, so that memory is read in order. */
-static void conv_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, const float *w, const float *bias, float *y) {
-    const int far = H * W * C * 4 > FAR;
-    for (idx h = 0; h < H; h++) {
+/* Positions `first` to `last` of an image, channel blocks k0 .. k1 innermost, so that memory is read in order. y, and
+ * other where there is one, begin at the first. ahead: prefetch a row ahead. */
+INLINE void conv_span(idx H, idx W, idx C, idx k0, idx k1, idx first, idx last, const int ahead, const float *x,
+                      const float *w, const float *bias, const float *other, float *y) {
+    for (idx h = first / W; h * W < last; h++) {
+        const idx from = h * W < first ? first - h * W : 0, to = last - h * W < W ? last - h * W : W;
         const idx i0 = h < R ? R - h : 0, i1 = h + R >= H ? H - h + R : K;
         const float *xr = x + (h - R + i0) * W * C, *next = x + (h + R + 1) * W * C;
-        float *yr = y + h * W * C;
+        const idx row = (h * W - first) * C;
 #define CALL(T, kind, lo, hi)                                                                                            \
         for (idx k = k0; k < k1; k++) {                                                                                  \
-            const idx c = CHANNEL(k, C);                                                                                 \
-            if (far) for (idx t = u; t < u + T; t++) {                                                                   \
-                __builtin_prefetch(next + t * C + c);                                                                    \
-                __builtin_prefetch(yr + (t + W) * C + c, 1);                                                             \
+            const idx c = CHANNEL(k, C), at = row + u * C + c;                                                           \
+            if (ahead) for (idx t = 0; t < T; t++) {                                                                     \
+                __builtin_prefetch(next + (u + t) * C + c);                                                              \
+                __builtin_prefetch(y + at + (t + W) * C, 1);                                                             \
             }                                                                                                            \
             conv_tile(T, kind, lo, hi, i1 - i0, xr + (u - R) * C + c, C, W * C, w + (k * K + i0) * K * VL,               \
-                      bias ? LOAD(bias + c) : (vec){0}, yr + u * C + c);                                           \
+                      bias ? LOAD(bias + c) : (vec){0}, other ? other + at : NULL, y + at);                              \
         }
-        ROW_TILES(CALL)
+        ROW_TILES(CALL, from, to)
 #undef CALL
     }
 }
@@ -111,7 +113,7 @@ static void grad_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, cons
                     const idx i0 = h < R ? R - h : 0, i1 = h + R >= H ? H - h + R : K;
                     const float *gr = g + h * W * C + c, *xr = x + (h + i - R) * W * C + c;
 #define CALL(T, kind, lo, hi) grad_tile(T, kind, lo, hi, i0, i1, xr + (u - R) * C, C, W * C, gr + u * C, sum);
-                    ROW_TILES(CALL)
+                    ROW_TILES(CALL, 0, W)
 #undef CALL
                 }
                 UNROLL for (int j = 0; j < ROWS * K; j++) STORE(at + j * VL, sum[j]);
@@ -125,10 +127,10 @@ static void grad_image(idx H, idx W, idx C, idx k0, idx k1, const float *x, cons
 }
 
 typedef struct {
-    const float *x, *w, *bias; /* x: input of the convolution (the output gradient in the backward pass); w packed */
-    float *y;                  /* output of the convolution, or NULL */
-    const float *input, *g;    /* of the weight gradient */
-    float *sums;               /* (chunks, blocks, K * K + 1, VL), or NULL */
+    const float *x, *w, *bias, *other; /* x: input of the convolution (backward: the output's gradient); w packed */
+    float *y;                          /* output of the convolution, or NULL */
+    const float *input, *g;            /* of the weight gradient */
+    float *sums;                       /* (chunks, blocks, K * K + 1, VL), or NULL */
     idx B, H, W, C, blocks, chunk, chunks, group, groups;
 } job_t;
 
@@ -137,8 +139,11 @@ static void piece(void *data, idx n, idx me) {
     const idx chunk = n / j->groups, k0 = n % j->groups * j->group;
     const idx k1 = k0 + j->group < j->blocks ? k0 + j->group : j->blocks;
     for (idx b = chunk * j->chunk; b < (chunk + 1) * j->chunk && b < j->B; b++) {
-        const idx at = b * j->H * j->W * j->C;
-        if (j->y) conv_image(j->H, j->W, j->C, k0, k1, j->x + at, j->w, j->bias, j->y + at);
+        const idx P = j->H * j->W, at = b * P * j->C;
+        const float *other = j->other ? j->other + at : NULL;
+        if (j->y && P * j->C * 4 > FAR)
+            conv_span(j->H, j->W, j->C, k0, k1, 0, P, 1, j->x + at, j->w, j->bias, other, j->y + at);
+        else if (j->y) conv_span(j->H, j->W, j->C, k0, k1, 0, P, 0, j->x + at, j->w, j->bias, other, j->y + at);
         if (j->sums)
             grad_image(j->H, j->W, j->C, k0, k1, j->input + at, j->g + at, j->sums + chunk * j->blocks * (K * K + 1) * VL);
     }
@@ -177,10 +182,17 @@ int dw_forward(const float *x, const float *w, const float *bias, float *y, idx 
     return 0;
 }
 
-/* dx, dw and db may each be NULL. Returns 0, or 1 when out of memory. */
-int dw_backward(const float *g, const float *x, const float *w, float *dx, float *dw, float *db, idx B, idx C, idx H, idx W,
-                const pool_t *pool, idx threads) {
-    job_t j = {.x = g, .y = dx, .input = x, .g = g, .B = B, .H = H, .W = W, .C = C};
+/* For a pass of other kernels that goes on with what a convolution gives (conv.h). */
+float *dw_pack(const float *w, idx C) { return pack(w, C, 0); }
+
+void dw_span(idx H, idx W, idx C, idx first, idx last, const float *x, const float *w, const float *bias, float *y) {
+    conv_span(H, W, C, 0, (C + VL - 1) / VL, first, last, 0, x, w, bias, NULL, y);
+}
+
+/* dx, dw and db may each be NULL; other, which is added to dx, too. Returns 0, or 1 when out of memory. */
+int dw_backward(const float *g, const float *x, const float *w, const float *other, float *dx, float *dw, float *db, idx B, idx C,
+                idx H, idx W, const pool_t *pool, idx threads) {
+    job_t j = {.x = g, .other = other, .y = dx, .input = x, .g = g, .B = B, .H = H, .W = W, .C = C};
     cut(&j, threads);
     const idx size = j.blocks * (K * K + 1) * VL;
     float *packed = dx ? pack(w, C, 1) : NULL;

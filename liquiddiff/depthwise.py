@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
 
-__all__ = ["DepthwiseConv2d", "backend", "depthwise", "depthwise_reference", "literal", "merge_kernels"]
+__all__ = ["DepthwiseConv2d", "Inner", "backend", "depthwise", "depthwise_reference", "literal", "merge_kernels"]
 
 KERNEL_SIZES = (3, 5, 7, 9, 11)  # of the C path; registers are blocked for up to 7
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Kernel = tuple[Tensor, Tensor | None]  # weight (C, 1, k, k) and bias (C) of a depthwise convolution
 
 
 def depthwise(x_BCHW: Tensor, weight_C1kk: Tensor, bias_C: Tensor | None = None) -> Tensor:
@@ -81,6 +82,10 @@ class DepthwiseConv2d(nn.Conv2d):
             raise ValueError(f"the kernel size must be odd to keep the image size, got {kernel_size}")
         padding = kernel_size // 2
         super().__init__(channels, channels, kernel_size, padding=padding, groups=channels, bias=bias, **factory)
+
+    def kernel(self) -> Kernel:
+        """Its weight and bias."""
+        return self.weight, self.bias
 
     def forward(self, x_BCHW: Tensor) -> Tensor:  # noqa: D102
         return depthwise(x_BCHW, self.weight, self.bias)
@@ -159,6 +164,8 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     lanes: int  # the least number of channels
+    pack: int  # addresses of dw_pack and dw_span
+    span: int
 
 
 @functools.cache
@@ -168,8 +175,38 @@ def _library(kernel_size: int) -> _Library | None:
         return None
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [pointer, index]
-    library.dw_backward.argtypes = [pointer] * 6 + [index] * 4 + [pointer, index]
-    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes())
+    library.dw_backward.argtypes = [pointer] * 7 + [index] * 4 + [pointer, index]
+    entries = [ctypes.cast(entry, pointer).value or 0 for entry in (library.dw_pack, library.dw_span)]
+    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes(), *entries)
+
+
+class Inner(ctypes.Structure):
+    """A convolution whose output another C kernel takes, a tile at a time: `depthwise_t` of product.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pack", "span", "weight", "bias")),
+        *((name, ctypes.c_ssize_t) for name in ("H", "W")),
+    )
+
+    def __init__(self, x_BCHW: Tensor, kernel: Kernel):
+        library, tensors = _library(kernel[0].shape[-1]), [None if t is None else t.contiguous() for t in kernel]
+        assert library is not None  # as `takes` says
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        super().__init__(library.pack, library.span, *pointers, *x_BCHW.shape[2:])
+        self._kept = tensors
+
+    @property
+    def address(self) -> int:
+        """What a C kernel is given; valid as long as this is."""
+        return ctypes.addressof(self)
+
+    @staticmethod
+    def takes(x_BCHW: Tensor, kernel: Kernel) -> bool:
+        """Tell whether it can be had."""
+        if _literal or not _eligible(x_BCHW, *kernel) or not native.eager(*(t for t in kernel if t is not None)):
+            return False
+        library = _library(kernel[0].shape[-1])
+        return library is not None and library.lanes <= x_BCHW.shape[1]
 
 
 # --- forward and backward --------------------------------------------------------------------------------------------
@@ -191,17 +228,19 @@ def _call(function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int])
         raise MemoryError("depthwise convolution: out of memory")
 
 
-def _backward(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> Grads:
+def gradients(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool], other: Tensor | None = None) -> Grads:
+    """Of the input (and `other`, channels-last, added to it), the weight and the bias, each where `need` has it."""
     g = g.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     lib = _library(weight.shape[-1])
     if lib is None or lib.lanes > x.shape[1]:
-        return _backward_torch(g, x, weight, need)
+        dx, dw, db = _backward_torch(g, x, weight, need)
+        return dx if dx is None or other is None else dx + other, dw, db
     weight = weight.contiguous()
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need[0] else None
     dw = torch.empty_like(weight) if need[1] else None
     db = weight.new_empty(weight.shape[0]) if need[2] else None
-    _call(lib.backward, (g, x, weight, dx, dw, db), x.shape)
+    _call(lib.backward, (g, x, weight, other, dx, dw, db), x.shape)
     return dx, dw, db
 
 
@@ -225,7 +264,7 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Grads:
         x, weight = ctx.saved_tensors
-        return _backward(g, x, weight, ctx.needs_input_grad)
+        return gradients(g, x, weight, ctx.needs_input_grad)
 
 
 # --- operators, opaque to torch.compile; in eager mode they cost 2 to 3.5 times the Function's overhead per call ------
@@ -238,7 +277,7 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("liquiddiff::depthwise_backward", mutates_args=())
 def _op_backward(g: Tensor, x: Tensor, weight: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dw, db = (g.new_empty(0) if grad is None else grad for grad in _backward(g, x, weight, need))
+    dx, dw, db = (g.new_empty(0) if grad is None else grad for grad in gradients(g, x, weight, need))
     return dx, dw, db
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from liquiddiff.config import BadInput
-from liquiddiff.depthwise import is_literal
+from liquiddiff.depthwise import Kernel, is_literal
 from liquiddiff.pointwise import pointwise
 
 
@@ -41,9 +41,10 @@ class Pointwise(nn.Linear):
         first: bool = False,
         row_BC: Tensor | None = None,
         then: bool = False,
+        of: Kernel | None = None,
     ) -> Tensor:
         """See the class and `pointwise`, whose options these are."""
-        return pointwise(x_BCHW, *self.layer(), add, first, row_BC, then)
+        return pointwise(x_BCHW, *self.layer(), add, first, row_BC, then, of)
 
 
 class SparsePointwise(Pointwise):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from liquiddiff import chains, fused
 from liquiddiff.attention import Attention, LinearAttention
 from liquiddiff.config import Mixer, choose
-from liquiddiff.depthwise import DepthwiseConv2d
+from liquiddiff.depthwise import DepthwiseConv2d, Kernel
 from liquiddiff.layers import Pointwise, Slot, SparsePointwise, ZeroLinear, half, per_channel, wiring
 from liquiddiff.liquid_ode import LTC, ODE
 from liquiddiff.scans import SSM, Mamba
@@ -56,11 +56,11 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
-        return self._rest(self.backbone(self.context(x_BCHW), then=True), temb_BD, t_B)
+        return self._rest(self.backbone(x_BCHW, then=True, of=self.context.kernel()), temb_BD, t_B)
 
     def first(self, x_BCHW: Tensor) -> Tensor:
         """Up to the first product, (B, M, H, W): `rest` of it is the cell (see LiquidDiffusionBlock.in_steps)."""
-        return self.backbone(self.context(x_BCHW))
+        return self.backbone(x_BCHW, of=self.context.kernel())
 
     def rest(self, z_BMHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """What follows `first`."""
@@ -85,20 +85,22 @@ class CfC(nn.Module):
         return torch.lerp(h, g, torch.sigmoid(logit))
 
     def _at_once(self, z: Tensor, temb: Tensor) -> Tensor:
-        """The products of the heads and the gate in one pass, where that is to be had."""
+        """The heads and the gate in one pass, where that is to be had."""
         cell: Any = self
-        u, v, a, b = cell.g[0](z), cell.h[0](z), cell.time_a(temb), cell.time_b(temb)
-        f, g, h = cell.f, cell.g[-1], cell.h[-1]
-        done = chains.heads(z, u, v, [f.layer(), g.layer(), h.layer()], a, b)
-        return fused.gate_blend(f(z), g(u, first=True), h(v, first=True), a, b) if done is None else done
+        f, g, h = cell.f, cell.g, cell.h
+        rows = cell.time_a(temb), cell.time_b(temb)
+        layers = [f.layer(), g[-1].layer(), h[-1].layer()]
+        done = chains.heads(z, [g[0].kernel(), h[0].kernel()], layers, *rows)
+        return fused.gate_blend(f(z), g(z), h(z), *rows) if done is None else done
 
 
 class Head(nn.Sequential):
-    """A product, or DW3x3, SiLU and a product, of which the last two are one pass; a Sequential for its names."""
+    """A product, or DW3x3, SiLU and a product, which are one pass; a Sequential for its names."""
 
     def forward(self, z_BMHW: Tensor) -> Tensor:
         """(B, M, H, W) -> (B, C, H, W)."""
-        return self[-1](self[0](z_BMHW), first=True) if len(self) > 1 else self[0](z_BMHW)
+        first: Any = self[0]
+        return self[-1](z_BMHW, first=True, of=first.kernel()) if len(self) > 1 else first(z_BMHW)
 
 
 # gate: (f exists, h exists, time_a and time_b exist)
@@ -145,12 +147,15 @@ class Conv(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
-        return self.pointwise(self.context(x_BCHW), temb_BD)
+        return self.separable(x_BCHW, temb_BD, self.context.kernel())
 
-    def pointwise(self, c_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """All that follows the depthwise convolution."""
-        z = self.expand(c_BCHW, then=True)
-        return self.contract(z * (1 + per_channel(self.scale(F.silu(temb_BD)))))
+    def separable(self, x_BCHW: Tensor, temb_BD: Tensor, of: Kernel | None = None) -> Tensor:
+        """The products, of the depthwise convolution where there is one."""
+        scale = self.scale(F.silu(temb_BD))
+        done = chains.separable(x_BCHW, of, self.expand.layer(), scale, self.contract.layer())
+        if done is not None:
+            return done
+        return self.contract(self.expand(x_BCHW, then=True, of=of) * (1 + per_channel(scale)))
 
 
 class ConvGated(Conv):
@@ -170,7 +175,7 @@ class ConvGated(Conv):
         """See the class."""
         c = self.context(x_BCHW)
         gate = torch.sigmoid(self.excite(self.squeeze(c.mean((2, 3)))))
-        return self.pointwise(c * per_channel(gate), temb_BD)
+        return self.separable(c * per_channel(gate), temb_BD)
 
 
 class Identity(nn.Module):

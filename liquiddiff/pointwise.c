@@ -1,14 +1,16 @@
 /* 1x1 convolution on row-major float32 (B, P, K) -> (B, P, O), P positions of each of B images: forward, and all
- * gradients in one pass. y = out(in(x) W^T + bias (+ more)), where `in` is nothing, or SiLU of x plus a row of each
- * image, and `out` is nothing or SiLU.
+ * gradients in one pass. y = out(in(c) W^T + bias (+ more)), where c is x or a depthwise convolution of it, `in` is
+ * nothing, or SiLU of c plus a row of each image, and `out` is nothing or SiLU.
  *
- * A tile of positions at a time: SiLU, its slope and the product's own gradient stay in the nearest caches. Tiles,
+ * A tile of positions at a time: c, SiLU, its slope and the product's own gradient stay in the nearest caches. Tiles,
  * and the chunks of them that share sums, are cut by the shape alone: the same bits at any number of threads. */
 #include "product.h"
 
 typedef struct {
     const float *x, *row, *w, *bias, *more, *before, *g; /* w: packed */
-    float *y, *kept, *dx, *sums, *rows, *room;           /* kept: what SiLU is of; rows: (tiles, K) */
+    float *y, *kept, *c, *dx, *sums, *rows, *room;       /* kept: what SiLU is of; rows: (tiles, K) */
+    const depthwise_t *conv;                             /* or NULL */
+    float *taps;
     cut_t cut;
     idx K, O, size, each; /* floats of a chunk's sums, of a thread's room */
     int in, out;
@@ -21,6 +23,10 @@ static void forward(void *data, idx k, idx me) {
     const float *x = j->x + at * K;
     float *room = j->room + me * j->each;
     const out_t out = {j->bias, j->more ? j->more + at * O : NULL, j->y + at * O, j->kept ? j->kept + at * O : NULL};
+    if (j->conv) {
+        float *c = j->c ? j->c + at * K : room;
+        convolve(j->conv, t, K, j->x, j->taps, c), x = c;
+    }
     if (j->in) activate(rows, K, x, j->row ? j->row + t.b * K : NULL, room, NULL), x = room;
     if (j->out) product(SILU, rows, x, K, j->w, O, out);
     else if (j->more) product(ADD, rows, x, K, j->w, O, out);
@@ -65,21 +71,24 @@ static void backward(void *data, idx k, idx me) {
 int pw_least_outputs(void) { return HEIGHT; } /* of what has a weight gradient */
 int pw_least_inputs(void) { return PANEL; }
 
-/* row (B, K) needs `in`; before, what SiLU is of, (B, P, O), is written where it is not NULL; so may be row, bias,
- * more. No dimension is 0. Returns 0, or 1 when out of memory. */
+/* conv, whose H W are P, may be NULL; so may row (B, K), which needs `in`, bias and more; before, what SiLU is of,
+ * (B, P, O), and c, what conv gives, (B, P, K), are written where they are not NULL. No dimension is 0. Returns 0, or 1 when out of memory. */
 int pw_forward(const float *x, const float *row, const float *w, const float *bias, const float *more, float *y,
-               float *before, idx B, idx P, idx K, idx O, int in, int out, const pool_t *pool, idx threads) {
-    job_t j = {.x = x, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias, .more = more, .y = y,
-               .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in ? TILE * K : 0, .in = in, .out = out};
+               float *before, float *c, const depthwise_t *conv, idx B, idx P, idx K, idx O, int in, int out,
+               const pool_t *pool, idx threads) {
+    job_t j = {.x = x, .c = c, .conv = conv, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias, .more = more, .y = y,
+               .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in || conv ? TILE * K : 0, .in = in, .out = out};
+    j.taps = conv ? conv->pack(conv->w, K) : NULL;
     j.room = floats(j.each * parts(j.cut.tiles, pool, threads));
-    const int failed = !j.w || !j.room;
+    const int failed = !j.w || !j.room || (conv && !j.taps);
     if (!failed) side_by_side(forward, &j, j.cut.tiles, pool, threads);
-    free((void *)j.w), free(j.room);
+    free((void *)j.w), free(j.room), free(j.taps);
     return failed;
 }
 
-/* g (B, P, O): gradient of y; `before` as kept by the forward pass, or NULL where out is 0. drow, dx may be NULL; so may
- * dw, and db with it. O >= pw_least_outputs, K >= pw_least_inputs where dw is not. Returns 0, or 1 when out of memory. */
+/* g (B, P, O): gradient of y; x: c, where there is a conv; `before` as kept by the forward pass, or NULL where out is 0.
+ * drow, dx may be NULL; so may dw, and db with it. O >= pw_least_outputs, K >= pw_least_inputs where dw is not. Returns
+ * 0, or 1 when out of memory. */
 int pw_backward(const float *g, const float *x, const float *row, const float *w, const float *before, float *dx, float *dw,
                 float *db, float *drow, idx B, idx P, idx K, idx O, int in, int out, const pool_t *pool, idx threads) {
     job_t j = {.g = g, .x = x, .row = row, .before = before, .dx = dx, .cut = cut(B, P), .K = K, .O = O, .in = in, .out = out,

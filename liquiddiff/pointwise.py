@@ -1,14 +1,16 @@
 """1x1 convolution that is fast on CPU: the matrix product over channels-last positions, beside the literal `F.conv2d`.
 
 `pointwise.c` does product and SiLU, before it or after, a few positions at a time, and all gradients in one pass: what
-lies between stays in the caches. For every other device, dtype or mode (see native.eager), without a compiler, and for
-few channels, torch does the same work.
+lies between stays in the caches. A depthwise convolution before them is part of the same pass forward; its gradients
+are a pass of their own. For every other device, dtype or mode (see native.eager), without a compiler, and for few
+channels, torch does the same work.
 
 Legend: B batch, C and O input and output channels, H W space.
 """
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import fused, native
-from liquiddiff.depthwise import is_literal
+from liquiddiff.depthwise import Inner, Kernel, depthwise, gradients, is_literal
 
 __all__ = ["pointwise"]
 
@@ -30,18 +32,22 @@ def pointwise(
     first: bool = False,
     row_BC: Tensor | None = None,
     then: bool = False,
+    of: Kernel | None = None,
 ) -> Tensor:
     """1x1 convolution, added to another image where there is one; (B, O, H, W), channels-last.
 
-    first: of SiLU(x), or of SiLU(x + row) where there is one. then: SiLU of the result, where nothing is added.
+    of: x is convolved depthwise before all else. first: of SiLU(x), or of SiLU(x + row) where there is one. then: SiLU
+    of the result, where nothing is added.
     """
     row_BC = row_BC if first else None
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
-    if not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC):
-        if torch.is_grad_enabled():
-            return _Pointwise.apply(x_BHWC, row_BC, weight_OC, bias_O, add, first, then).permute(0, 3, 1, 2)
-        return _forward(x_BHWC, row_BC, weight_OC, bias_O, add, first, then).permute(0, 3, 1, 2)
+    fast = not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC)
+    if of is not None and not (fast and Inner.takes(x_BCHW, of)):
+        return pointwise(depthwise(x_BCHW, *of), weight_OC, bias_O, add_BOHW, first, row_BC, then)
+    if fast:
+        args = x_BHWC, row_BC, weight_OC, bias_O, add, first, then, *(of or (None, None))
+        return (_Pointwise.apply if torch.is_grad_enabled() else _forward)(*args).permute(0, 3, 1, 2)
     x_BCHW = fused.silu(x_BCHW, row_BC) if first else x_BCHW
     if is_literal():
         y_BOHW = F.conv2d(x_BCHW, weight_OC[:, :, None, None], bias_O)
@@ -71,17 +77,20 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
         rest: list[Any] = [index] * 4 + [ctypes.c_int] * 2 + [pointer, index]
-        library.pw_forward.argtypes = [pointer] * 7 + rest
+        library.pw_forward.argtypes = [pointer] * 9 + rest
         library.pw_backward.argtypes = [pointer] * 9 + rest
     return library
 
 
-def _call(name: str, tensors: list[Tensor | None], x: Tensor, weight: Tensor, rows: bool, *options: bool) -> None:
-    images, positions = len(x), x.shape[1] * x.shape[2]
-    cut = (images, positions) if rows else (1, images * positions)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _call(name: str, pointers: Sequence[int | None], cut: tuple[int, int], weight: Tensor, *options: bool) -> None:
     if getattr(_library(), name)(*pointers, *cut, *weight.t().shape, *options, native.pool(), torch.get_num_threads()):
         raise MemoryError("1x1 convolution: out of memory")
+
+
+def _cut(x: Tensor, by_image: bool) -> tuple[int, int]:
+    """Images and positions of each; where it does not matter whose a position is, all are one image's."""
+    positions = x.shape[1] * x.shape[2]
+    return (len(x), positions) if by_image else (1, len(x) * positions)
 
 
 def _forward(
@@ -92,11 +101,17 @@ def _forward(
     add: Tensor | None,
     first: bool,
     then: bool,
+    kernel: Tensor | None,
+    shift: Tensor | None,
     before: Tensor | None = None,
+    convolved: Tensor | None = None,
 ) -> Tensor:
     y, row = x.new_empty(*x.shape[:3], len(weight)), None if row is None else row.contiguous()
-    tensors = [x, row, weight.contiguous(), bias, add, y, before]
-    _call("pw_forward", tensors, x, weight, row is not None, first, then)
+    inner = None if kernel is None else Inner(x.permute(0, 3, 1, 2), (kernel, shift))
+    weight = weight.contiguous()
+    pointers = [None if t is None else t.data_ptr() for t in (x, row, weight, bias, add, y, before, convolved)]
+    pointers.append(None if inner is None else inner.address)
+    _call("pw_forward", pointers, _cut(x, row is not None or kernel is not None), weight, first, then)
     return y
 
 
@@ -111,23 +126,31 @@ class _Pointwise(torch.autograd.Function):
         add: Tensor | None,
         first: bool,
         then: bool,
+        kernel: Tensor | None,
+        shift: Tensor | None,
     ) -> Tensor:
         before = x.new_empty(*x.shape[:3], len(weight)) if then else None
-        y = _forward(x, row, weight, bias, add, first, then, before)
+        convolved = None if kernel is None else torch.empty_like(x)
+        y = _forward(x, row, weight, bias, add, first, then, kernel, shift, before, convolved)
         ctx.options = first, then
-        ctx.save_for_backward(x, row, weight, before)
+        ctx.save_for_backward(x, row, weight, before, kernel, convolved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        (x, row, weight, before), need = ctx.saved_tensors, ctx.needs_input_grad
-        weights, g = need[2] or need[3], g.contiguous()
-        dx = torch.empty_like(x) if need[0] or need[1] else None
+        (x, row, weight, before, kernel, convolved), need = ctx.saved_tensors, ctx.needs_input_grad
+        weights, g, inner = need[2] or need[3], g.contiguous(), (need[0], *need[7:])
+        dx = torch.empty_like(x) if need[1] or any(inner) else None
         drow = torch.empty_like(row, memory_format=torch.contiguous_format) if need[1] else None
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if weights else None
         db = weight.new_empty(len(weight)) if need[3] else None
-        row = None if row is None else row.contiguous()
-        tensors = [g, x, row, weight.contiguous(), before, dx, dw, db, drow]
-        _call("pw_backward", tensors, x, weight, row is not None, *ctx.options)
-        return dx, drow, dw, db, g if need[4] else None, None, None
+        row, weight = None if row is None else row.contiguous(), weight.contiguous()
+        c = x if kernel is None else convolved
+        pointers = [None if t is None else t.data_ptr() for t in (g, c, row, weight, before, dx, dw, db, drow)]
+        _call("pw_backward", pointers, _cut(x, row is not None), weight, *ctx.options)
+        dkernel = dshift = None
+        if kernel is not None and dx is not None:
+            dx, dkernel, dshift = gradients(dx.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), kernel, inner)
+            dx = None if dx is None else dx.permute(0, 2, 3, 1)
+        return dx, drow, dw, db, g if need[4] else None, None, None, dkernel, dshift

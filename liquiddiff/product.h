@@ -52,6 +52,20 @@ static void activate(idx rows, idx C, const float *x, const float *row, float *y
             if (slope) store(slope + c, s * (1.0f + z * (1.0f - s)), n);)
 }
 
+/* --- a depthwise convolution, whose output is what a product takes --------------------------------------------*/
+
+typedef struct {
+    float *(*pack)(const float *w, idx C); /* dw_pack and dw_span of depthwise.c, for this size of kernel */
+    void (*span)(idx H, idx W, idx C, idx first, idx last, const float *x, const float *taps, const float *bias, float *y);
+    const float *w, *bias; /* (C, k, k), and (C) or NULL */
+    idx H, W;
+} depthwise_t;
+
+/* One tile of it, (rows, C): x (B, P, C); taps as `pack` gave them. */
+static void convolve(const depthwise_t *d, tile_t t, idx C, const float *x, const float *taps, float *y) {
+    d->span(d->H, d->W, C, t.first, t.first + t.rows, x + t.b * d->H * d->W * C, taps, d->bias, y);
+}
+
 /* --- y = x W^T ------------------------------------------------------------------------------------------------*/
 
 typedef struct {
