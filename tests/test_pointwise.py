@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from liquiddiff.depthwise import literal
+from liquiddiff.depthwise import depthwise, gradients, literal
 from liquiddiff.layers import Pointwise, upsampled
 from liquiddiff.pointwise import pointwise
 
@@ -26,6 +26,7 @@ SHAPES = [
     (40, 33, 32, 5, 6),
 ]
 KINDS = ["plain", "then", "add", "first", "first and row", "first, row and add"]
+KINDS += ["of 3", "of 7, then", "of 5, first, row and add"]  # of a depthwise convolution
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -36,19 +37,30 @@ def make(kind, B, C, outputs, H, W):
     images = [torch.randn(B, n, H, W, generator=rng) for n in (C, outputs, outputs)]
     x, add, g = (t.contiguous(memory_format=torch.channels_last) for t in images)
     args = [x, torch.randn(outputs, C, generator=rng), torch.randn(outputs, generator=rng)]
+    if "of" in kind:
+        k = size(kind)
+        args += [torch.randn(C, 1, k, k, generator=rng), torch.randn(C, generator=rng)]
     args += [add] if "add" in kind else []
     return args + ([torch.randn(B, C, generator=rng)] if "row" in kind else []), g
+
+
+def size(kind):
+    """Of the kernel, in "of 3"."""
+    return int(kind.split()[1].strip(","))
 
 
 def call(kind, x, weight, bias, *rest):
     """By `pointwise`."""
     rest = list(rest)
+    of = (rest.pop(0), rest.pop(0)) if "of" in kind else None
     add, row = rest.pop(0) if "add" in kind else None, rest.pop(0) if "row" in kind else None
-    return pointwise(x, weight, bias, add, first="first" in kind, row_BC=row, then="then" in kind)
+    return pointwise(x, weight, bias, add, first="first" in kind, row_BC=row, then="then" in kind, of=of)
 
 
 def plain(kind, x, weight, bias, *rest):
     """As one would write it."""
+    if "of" in kind:
+        x, rest = F.conv2d(x, *rest[:2], padding=size(kind) // 2, groups=x.shape[1]), rest[2:]
     if "row" in kind:
         x = x + rest[-1][:, :, None, None]
     y = F.conv2d(F.silu(x) if "first" in kind else x, weight[:, :, None, None], bias)
@@ -110,6 +122,29 @@ def test_the_c_kernel_is_what_is_tested_here_and_its_bits_do_not_depend_on_threa
     assert_equal([alone[n] for n in of_images], [found[0][n][7:9] for n in of_images])
     y = call(kind, args[0].requires_grad_(), *args[1:])
     assert y.grad_fn.next_functions[0][0].name() == "_PointwiseBackward"
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [3, 5, 7])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 8, 8), (3, 33, 4, 4), (2, 40, 33, 33), (1, 32, 3, 100), (2, 32, 70, 1)], ids=str
+)
+def test_a_tile_of_a_depthwise_convolution_is_the_whole_ones_to_the_bit(shape, k):
+    rng = torch.Generator().manual_seed(k)
+    x = torch.randn(*shape, generator=rng).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(shape[1], 1, k, k, generator=rng), torch.randn(shape[1], generator=rng)
+    assert torch.equal(pointwise(x, torch.eye(shape[1]), None, of=kernel), depthwise(x, *kernel))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 9, 5), (2, 3, 4, 4)], ids=str)  # the second is torch's
+def test_what_is_added_to_the_gradient_of_a_depthwise_convolution(shape):
+    rng = torch.Generator().manual_seed(0)
+    g, x, other = (torch.randn(*shape, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    weight = torch.randn(shape[1], 1, 3, 3, generator=rng)
+    alone, both = (gradients(g, x, weight, (True, True, True), more) for more in (None, other))
+    assert_close(both[:1], [(alone[0] + other).double()])
+    assert_equal(both[1:], alone[1:])
+    assert gradients(g, x, weight, (False, True, True), other)[0] is None
 
 
 @each_kind
