@@ -40,14 +40,14 @@ def pointwise(
     of the result, where nothing is added.
     """
     row_BC = row_BC if first else None
+    if of is not None and not Inner.takes(x_BCHW, of):
+        x_BCHW, of = depthwise(x_BCHW, *of), None
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     add = None if add_BOHW is None else add_BOHW.permute(0, 2, 3, 1)
-    fast = not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC)
-    if of is not None and not (fast and Inner.takes(x_BCHW, of)):
-        return pointwise(depthwise(x_BCHW, *of), weight_OC, bias_O, add_BOHW, first, row_BC, then)
-    if fast:
+    if not (then and add is not None) and _fast(x_BHWC, weight_OC, bias_O, add, row_BC):
         args = x_BHWC, row_BC, weight_OC, bias_O, add, first, then, *(of or (None, None))
         return (_Pointwise.apply if torch.is_grad_enabled() else _forward)(*args).permute(0, 3, 1, 2)
+    x_BCHW = x_BCHW if of is None else depthwise(x_BCHW, *of)
     x_BCHW = fused.silu(x_BCHW, row_BC) if first else x_BCHW
     if is_literal():
         y_BOHW = F.conv2d(x_BCHW, weight_OC[:, :, None, None], bias_O)
