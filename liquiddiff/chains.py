@@ -37,16 +37,17 @@ def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract
 
 
 def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Tensor, contract: Layer) -> Tensor | None:
-    """contract((1 + scale) * SiLU(expand(c))), (B, C, H, W), where c is x, convolved depthwise if there is a kernel."""  # noqa: D403
+    """Two layers, contract((1 + scale) * SiLU(expand(c))), (B, C, H, W); c is x, or that convolved by a kernel."""
     weights, (B, C), M = (*expand, *contract), x_BCHW.shape[:2], len(expand[0])
     if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape != (B, M):
         return None
     if kernel is not None and not Inner.takes(x_BCHW, kernel):
         return None
+    of = kernel or (None, None)
     if torch.is_grad_enabled():
-        return _Separable.apply(x_BCHW, scale_BM, *weights, *(kernel or (None, None)))
+        return _Separable.apply(x_BCHW, scale_BM, *weights, *of)
     y = torch.empty_like(x_BCHW)
-    _call("separable_forward", x_BCHW, M, [x_BCHW, scale_BM, *weights, y, None, None], [_inner(x_BCHW, kernel)])
+    _call("separable_forward", x_BCHW, M, [x_BCHW, scale_BM, *weights, y, None, None], [_inner(x_BCHW, *of)])
     return y
 
 
@@ -74,9 +75,8 @@ def _fast(image: Tensor, C: int, M: int, weights: Sequence[Tensor], *rows: Tenso
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
     if is_literal() or not native.eager(image, *weights, *rows) or image.numel() == 0:
         return False
-    if not image.is_contiguous(memory_format=torch.channels_last) or not all(
-        t.is_contiguous() for t in (*weights, *rows)
-    ):
+    dense = image.is_contiguous(memory_format=torch.channels_last)
+    if not dense or not all(t.is_contiguous() for t in (*weights, *rows)):
         return False
     library = _library()
     return library is not None and min(C, M) >= library.chain_least()
@@ -112,8 +112,8 @@ def _call(
         raise MemoryError("a chain of 1x1 convolutions: out of memory")
 
 
-def _inner(x_BCHW: Tensor, kernel: Kernel | None) -> Inner | None:
-    return None if kernel is None else Inner(x_BCHW, kernel)
+def _inner(x_BCHW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inner | None:
+    return None if weight is None else Inner(x_BCHW, (weight, bias))
 
 
 def _image(like: Tensor, channels: int) -> Tensor:
@@ -158,8 +158,7 @@ class _Separable(torch.autograd.Function):
         shift: Tensor | None,
     ) -> Tensor:
         y, z, c = torch.empty_like(x), _image(x, len(w1)), None if kernel is None else torch.empty_like(x)
-        inner = None if kernel is None else Inner(x, (kernel, shift))
-        _call("separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c], [inner])
+        _call("separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c], [_inner(x, kernel, shift)])
         ctx.save_for_backward(x, c, scale, w1, b1, w2, b2, z, kernel)
         return y
 
