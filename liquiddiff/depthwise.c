@@ -182,7 +182,7 @@ int dw_forward(const float *x, const float *w, const float *bias, float *y, idx 
     return 0;
 }
 
-/* For a pass of other kernels that goes on with what a convolution gives (conv.h). */
+/* For a pass of other kernels that goes on with what a convolution gives (product.h). */
 float *dw_pack(const float *w, idx C) { return pack(w, C, 0); }
 
 void dw_span(idx H, idx W, idx C, idx first, idx last, const float *x, const float *w, const float *bias, float *y) {
@@ -190,8 +190,8 @@ void dw_span(idx H, idx W, idx C, idx first, idx last, const float *x, const flo
 }
 
 /* dx, dw and db may each be NULL; other, which is added to dx, too. Returns 0, or 1 when out of memory. */
-int dw_backward(const float *g, const float *x, const float *w, const float *other, float *dx, float *dw, float *db, idx B, idx C,
-                idx H, idx W, const pool_t *pool, idx threads) {
+int dw_backward(const float *g, const float *x, const float *w, const float *other, float *dx, float *dw, float *db,
+                idx B, idx C, idx H, idx W, const pool_t *pool, idx threads) {
     job_t j = {.x = g, .other = other, .y = dx, .input = x, .g = g, .B = B, .H = H, .W = W, .C = C};
     cut(&j, threads);
     const idx size = j.blocks * (K * K + 1) * VL;

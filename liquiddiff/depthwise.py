@@ -205,6 +205,8 @@ class Inner(ctypes.Structure):
         """Tell whether it can be had."""
         if _literal or not _eligible(x_BCHW, *kernel) or not native.eager(*(t for t in kernel if t is not None)):
             return False
+        if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return False
         library = _library(kernel[0].shape[-1])
         return library is not None and library.lanes <= x_BCHW.shape[1]
 

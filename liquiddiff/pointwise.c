@@ -72,12 +72,13 @@ int pw_least_outputs(void) { return HEIGHT; } /* of what has a weight gradient *
 int pw_least_inputs(void) { return PANEL; }
 
 /* conv, whose H W are P, may be NULL; so may row (B, K), which needs `in`, bias and more; before, what SiLU is of,
- * (B, P, O), and c, what conv gives, (B, P, K), are written where they are not NULL. No dimension is 0. Returns 0, or 1 when out of memory. */
+ * (B, P, O), and c, what conv gives, (B, P, K), are written where they are not NULL. No dimension is 0. Returns 0, or 1
+ * when out of memory. */
 int pw_forward(const float *x, const float *row, const float *w, const float *bias, const float *more, float *y,
                float *before, float *c, const depthwise_t *conv, idx B, idx P, idx K, idx O, int in, int out,
                const pool_t *pool, idx threads) {
-    job_t j = {.x = x, .c = c, .conv = conv, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias, .more = more, .y = y,
-               .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in || conv ? TILE * K : 0, .in = in, .out = out};
+    job_t j = {.x = x, .c = c, .conv = conv, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias,
+               .more = more, .y = y, .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in || conv ? TILE * K : 0, .in = in, .out = out};
     j.taps = conv ? conv->pack(conv->w, K) : NULL;
     j.room = floats(j.each * parts(j.cut.tiles, pool, threads));
     const int failed = !j.w || !j.room || (conv && !j.taps);

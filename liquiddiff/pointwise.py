@@ -150,7 +150,7 @@ class _Pointwise(torch.autograd.Function):
         pointers = [None if t is None else t.data_ptr() for t in (g, c, row, weight, before, dx, dw, db, drow)]
         _call("pw_backward", pointers, _cut(x, row is not None), weight, *ctx.options)
         dkernel = dshift = None
-        if kernel is not None and dx is not None:
+        if kernel is not None and dx is not None and any(inner):
             dx, dkernel, dshift = gradients(dx.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), kernel, inner)
             dx = None if dx is None else dx.permute(0, 2, 3, 1)
         return dx, drow, dw, db, g if need[4] else None, None, None, dkernel, dshift

@@ -184,6 +184,9 @@ def test_layouts_gradients_and_modes():
     assert_close([pointwise(*args, g, then=True)], [both.double()])
     assert_close(results(call, "plain", [args[0].contiguous(), *args[1:]], g.contiguous()), want)
     assert_close(results(call, "plain", [args[0], args[1].t().contiguous().t(), args[2]], g), want)
+    convolved, gradient = make("of 3", *SHAPES[0])
+    in_rows = [convolved[0].contiguous(), *convolved[1:]]  # as a channels-last one from the convolution on
+    assert_equal(results(call, "of 3", in_rows, gradient), results(call, "of 3", convolved, gradient))
     x, weight, bias = args
     weight.requires_grad_()
     assert_close(torch.autograd.grad(pointwise(x, weight, None), weight, g), want[2:3])
