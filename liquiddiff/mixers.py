@@ -150,7 +150,7 @@ class Conv(nn.Module):
         return self.separable(x_BCHW, temb_BD, self.context.kernel())
 
     def separable(self, x_BCHW: Tensor, temb_BD: Tensor, of: Kernel | None = None) -> Tensor:
-        """The products, of the depthwise convolution where there is one."""
+        """Both products, after a depthwise convolution where `of` is one."""
         scale = self.scale(F.silu(temb_BD))
         done = chains.separable(x_BCHW, of, self.expand.layer(), scale, self.contract.layer())
         if done is not None:

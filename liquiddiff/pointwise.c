@@ -78,7 +78,8 @@ int pw_forward(const float *x, const float *row, const float *w, const float *bi
                float *before, float *c, const depthwise_t *conv, idx B, idx P, idx K, idx O, int in, int out,
                const pool_t *pool, idx threads) {
     job_t j = {.x = x, .c = c, .conv = conv, .row = row, .w = packed(w, O, K, 0, pool, threads), .bias = bias,
-               .more = more, .y = y, .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in || conv ? TILE * K : 0, .in = in, .out = out};
+               .more = more, .y = y, .kept = before, .cut = cut(B, P), .K = K, .O = O, .each = in || conv ? TILE * K : 0,
+               .in = in, .out = out};
     j.taps = conv ? conv->pack(conv->w, K) : NULL;
     j.room = floats(j.each * parts(j.cut.tiles, pool, threads));
     const int failed = !j.w || !j.room || (conv && !j.taps);
