@@ -27,6 +27,7 @@ Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 conv
 def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract: Layer) -> Tensor | None:
     """X + contract(SiLU(expand(AdaLN(x)))), (B, C, H, W); `modulation` as fused.adaln has it."""
     weights, (B, C) = (*expand, *contract), x_BCHW.shape[:2]
+    modulation_B2C = native.each_image(modulation_B2C, B)
     if not _fast(x_BCHW, C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape != (B, 2 * C):
         return None
     if torch.is_grad_enabled():
@@ -39,6 +40,7 @@ def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract
 def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Tensor, contract: Layer) -> Tensor | None:
     """Two layers, contract((1 + scale) * SiLU(expand(c))), (B, C, H, W); c is x, or that convolved by a kernel."""
     weights, (B, C), M = (*expand, *contract), x_BCHW.shape[:2], len(expand[0])
+    scale_BM = native.each_image(scale_BM, B)
     if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape != (B, M):
         return None
     if kernel is not None and not Inner.takes(x_BCHW, kernel):
@@ -59,6 +61,7 @@ def heads(
     """
     weights = [tensor for layer in layers for tensor in layer]
     (B, M), C = z_BMHW.shape[:2], len(weights[0])
+    a_BC, b_BC = native.each_image(a_BC, B), native.each_image(b_BC, B)
     if not _fast(z_BMHW, C, M, weights, a_BC, b_BC) or not a_BC.shape == b_BC.shape == (B, C):
         return None
     if not all(Inner.takes(z_BMHW, kernel) for kernel in kernels):

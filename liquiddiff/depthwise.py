@@ -125,9 +125,13 @@ def _eligible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in tensors) or torch.is_autocast_enabled("cpu"):
         return False
+    return _fits(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     C, k = weight.shape[0], weight.shape[-1]
-    fits = x.dim() == 4 and x.shape[1] == C and weight.shape == (C, 1, k, k) and (bias is None or bias.shape == (C,))
-    return fits and k in KERNEL_SIZES and x.numel() > 0
+    shaped = x.dim() == 4 and x.shape[1] == C and weight.shape == (C, 1, k, k) and (bias is None or bias.shape == (C,))
+    return shaped and k in KERNEL_SIZES and x.numel() > 0
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -203,9 +207,10 @@ class Inner(ctypes.Structure):
     @staticmethod
     def takes(x_BCHW: Tensor, kernel: Kernel) -> bool:
         """Tell whether it can be had."""
-        if _literal or not _eligible(x_BCHW, *kernel) or not native.eager(*(t for t in kernel if t is not None)):
+        weight, bias = kernel
+        if _literal or not (native.eager(x_BCHW, weight) if bias is None else native.eager(x_BCHW, weight, bias)):
             return False
-        if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        if not _fits(x_BCHW, weight, bias) or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return False
         library = _library(kernel[0].shape[-1])
         return library is not None and library.lanes <= x_BCHW.shape[1]

@@ -6,19 +6,39 @@ INLINE vec existing(vec v, idx n) { /* zero past the end */
     return v;
 }
 
+#define TOGETHER 4 /* rows: the steps of one row's norm wait for each other, those of several do not */
+#define EACH_ROW UNROLL for (int r = 0; r < rows; r++)
+
+INLINE void adaln_rows(const int rows, idx C, const float *x, const float *scale, float eps, float *y, float *moments,
+                       float *sums) {
+    const float *shift = scale + C, each = 1.0f / C;
+    vec sum[TOGETHER] = {{0}}, squares[TOGETHER] = {{0}};
+    float mean[TOGETHER], rstd[TOGETHER];
+    CHANNELS(EACH_ROW sum[r] += load(x + r * C + c, n);)
+    EACH_ROW mean[r] = total(sum[r]) * each;
+    CHANNELS(EACH_ROW { const vec d = existing(load(x + r * C + c, n) - mean[r], n); squares[r] += d * d; })
+    EACH_ROW rstd[r] = 1.0f / sqrtf(total(squares[r]) * each + eps);
+    CHANNELS(
+        const vec up = 1.0f + load(scale + c, n), low = load(shift + c, n);
+        vec all = {0};
+        if (sums) all = load(sums + c, n);
+        EACH_ROW {
+            const vec v = (load(x + r * C + c, n) - mean[r]) * rstd[r] * up + low;
+            store(y + r * C + c, v, n), all += v;
+        }
+        if (sums) store(sums + c, all, n);)
+    if (moments) EACH_ROW moments[2 * r] = mean[r], moments[2 * r + 1] = rstd[r];
+}
+
 /* y = (1 + scale) * LayerNorm(x) + shift; `scale` is the scales and, beside them, the shifts, (2 C). moments: mean and 1 /
  * standard deviation of each row, or NULL; sums (C), which y is added to, or NULL. */
 static void adaln(idx rows, idx C, const float *x, const float *scale, float eps, float *y, float *moments, float *sums) {
-    const float *shift = scale + C, each = 1.0f / C;
-    for (idx r = 0; r < rows; r++, x += C, y += C) {
-        vec sum = {0}, squares = {0};
-        CHANNELS(sum += load(x + c, n);)
-        const float mean = total(sum) * each;
-        CHANNELS(const vec d = existing(load(x + c, n) - mean, n); squares += d * d;)
-        const float rstd = 1.0f / sqrtf(total(squares) * each + eps);
-        CHANNELS(store(y + c, (load(x + c, n) - mean) * rstd * (1.0f + load(scale + c, n)) + load(shift + c, n), n);)
-        if (sums) CHANNELS(add(sums + c, load(y + c, n), n);)
-        if (moments) *moments++ = mean, *moments++ = rstd;
+    for (idx r = 0; r < rows;) {
+        const idx all = r + TOGETHER <= rows;
+        float *at = moments ? moments + 2 * r : NULL;
+        if (all) adaln_rows(TOGETHER, C, x + r * C, scale, eps, y + r * C, at, sums);
+        else adaln_rows(1, C, x + r * C, scale, eps, y + r * C, at, sums);
+        r += all ? TOGETHER : 1;
     }
 }
 

@@ -13,7 +13,7 @@ typedef struct job {
     const float *in[5], *row[3]; /* (B, P, C) and (B, C) */
     float *out[3];               /* (B, P, C) */
     float *sums;                 /* (B, pieces, kinds, C), or NULL */
-    float *moments;              /* (B, P, 2): mean and 1 / standard deviation of AdaLN */
+    float *moments;              /* (B, P, 2): mean and 1 / standard deviation of AdaLN, or NULL */
     float eps;
     idx B, P, C, kinds, piece, pieces;
     void (*body)(const struct job *, idx b, idx first, idx last, float *sums);
@@ -46,7 +46,8 @@ static void run(job_t *j, const pool_t *pool, idx threads) {
 
 static void adaln_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
     const idx at = b * j->P + first, C = j->C;
-    adaln(last - first, C, j->in[0] + at * C, j->row[0] + b * 2 * C, j->eps, j->out[0] + at * C, j->moments + at * 2, sums);
+    adaln(last - first, C, j->in[0] + at * C, j->row[0] + b * 2 * C, j->eps, j->out[0] + at * C,
+          j->moments ? j->moments + at * 2 : NULL, sums);
 }
 
 /* row[1], where there is one, is the gradient of the mean of y */

@@ -3,7 +3,8 @@
 torch broadcasts a (B, C, 1, 1) tensor over a channels-last image C elements at a time, and each step of a chain reads
 and writes the whole image. `fused.c` does a chain at once. Everywhere else (other devices, dtypes, layouts, autocast,
 torch.compile, FLOP counters; see native.eager), and within `depthwise.literal()`, torch's own operators do the same.
-All are differentiable once on the fast path (a second derivative raises).
+All are differentiable once on the fast path (a second derivative raises). A row of each image, (B, C), may be the one
+of all, (1, C).
 
 Legend: B batch, C channels, H W space.
 """
@@ -34,8 +35,9 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
     `modulation` is the scales and, beside them, the shifts. Where x goes on beside its norm, use the one returned: the
     two gradients are then added in the norm's own pass.
     """
+    modulation_B2C = native.each_image(modulation_B2C, len(x_BCHW))
     if _fast([x_BCHW], modulation_B2C, width=2):
-        return _AdaLN.apply(x_BCHW, modulation_B2C, eps, False)
+        return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, False)
 
     def composed(x: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation.chunk(2, dim=1)  # (B, C) each
@@ -49,14 +51,16 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
 
 def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln`'s two, and the mean of the first over positions, (B, C)."""
+    modulation_B2C = native.each_image(modulation_B2C, len(x_BCHW))
     if _fast([x_BCHW], modulation_B2C, width=2):
-        return _AdaLN.apply(x_BCHW, modulation_B2C, eps, True)
+        return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, True)
     y, x_BCHW = adaln(x_BCHW, modulation_B2C, eps)
     return y, x_BCHW, y.mean((2, 3))
 
 
 def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
     """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
+    a_BC, b_BC = native.each_image(a_BC, len(f_BCHW)), native.each_image(b_BC, len(f_BCHW))
     if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
         return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
 
@@ -68,9 +72,9 @@ def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_B
 
 def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) -> Tensor:
     """X + alpha n + (1 - alpha) y: a relaxation law's blend on the residual, (B, C, H, W). Alpha may be (B, 1)."""
-    alpha_BC = alpha_BC.expand(-1, x_BCHW.shape[1])
+    alpha_BC = native.each_image(alpha_BC.expand(-1, x_BCHW.shape[1]), len(x_BCHW))
     if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
-        return _Relax.apply(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
+        return (_Relax.apply if torch.is_grad_enabled() else _relax)(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
 
     def composed(x: Tensor, n: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         # At least in float32 whatever the layers run in: bfloat16 would round 1 - alpha, a room's question, by 9 %.
@@ -203,16 +207,20 @@ def _dense(g: Tensor) -> Tensor:
 # --- forward and backward --------------------------------------------------------------------------------------------
 
 
+def _adaln(x: Tensor, modulation: Tensor, eps: float, mean: bool, moments: Tensor | None = None) -> Any:
+    y, sums = _like(x), _sums(x, 1) if mean else None
+    _call("adaln_forward", x, [x, modulation, y, moments, sums], eps)
+    return (y, x) if sums is None else (y, x, sums[:, 0, 0] / x[0, 0].numel())
+
+
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, modulation: Tensor, eps: float, mean: bool) -> Any:
-        modulation = modulation.contiguous()
-        B, C, H, W = x.shape
-        y, moments, sums = _like(x), x.new_empty(B, H, W, 2), _sums(x, 1) if mean else None
-        _call("adaln_forward", x, [x, modulation, y, moments, sums], eps)
+        B, _, H, W = x.shape
+        moments = x.new_empty(B, H, W, 2)
         ctx.save_for_backward(x, modulation, moments)
         ctx.set_materialize_grads(False)
-        return (y, x) if sums is None else (y, x, sums[:, 0, 0] / (H * W))
+        return _adaln(x, modulation, eps, mean, moments)
 
     @staticmethod
     @once_differentiable
@@ -231,7 +239,7 @@ class _AdaLN(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, g: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        a, b, y = a.contiguous(), b.contiguous(), _like(f)
+        y = _like(f)
         _call("gate_forward", f, [f, g, h, a, b, y])
         ctx.save_for_backward(f, g, h, a, b)
         return y
@@ -246,14 +254,18 @@ class _Gate(torch.autograd.Function):
         return df, dg, dh, sums[:, 0, 0], sums[:, 0, 1]
 
 
+def _relax(x: Tensor, kept: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
+    out = _like(x)
+    _call("relax_forward", x, [x, kept, mixed, alpha, out])
+    return out
+
+
 class _Relax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
-        alpha, out = alpha.contiguous(), _like(x)
-        _call("relax_forward", x, [x, kept, mixed, alpha, out])
         learned = ctx.needs_input_grad[3]
         ctx.save_for_backward(alpha, *([kept, mixed] if learned else []))
-        return out
+        return _relax(x, kept, mixed, alpha)
 
     @staticmethod
     @once_differentiable

@@ -70,24 +70,20 @@ INLINE float total(vec v) {
 
 INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
 
-/* exp, within 2 ulp where the result is a normal number: 2^n times a polynomial (Cephes' expf) of the remainder. */
+/* exp, by a relative error of at most 1.1e-7 (2 + |x|), where the result is a normal number: 2^z = 2^n 2^f, f in [-1/2, 1/2], the
+ * latter by a polynomial of least relative error. */
 INLINE vec exponential(vec x) {
-    const vec zero = {0}, top = zero + 88.0f, bottom = zero - 87.0f;
-#ifdef __AVX512F__ /* of two of which one is NaN, max and min give the second */
-    const vec z = (vec)_mm512_min_ps((__m512)top, _mm512_max_ps((__m512)bottom, (__m512)x));
+#ifdef __AVX512DQ__
+    const vec z = x * 1.44269504088896341f, f = (vec)_mm512_reduce_ps((__m512)z, 0), n = z - f;
 #else
-    const vec z = choose(x > top, top, choose(x < bottom, bottom, x));
+    const vec zero = {0}, top = zero + 127.0f, bottom = zero - 126.0f, all = x * 1.44269504088896341f;
+    const vec z = choose(all > top, top, choose(all < bottom, bottom, all));
+    const vec shifted = z + 12582912.0f, f = z - (shifted - 12582912.0f); /* the nearest integer is in the low bits */
 #endif
-    const vec shifted = z * 1.44269504088896341f + 12582912.0f; /* the nearest integer is in the low bits */
-    const vec n = shifted - 12582912.0f;
-    const vec r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-#ifdef __AVX512F__
+    const vec f2 = f * f; /* three sums side by side: shorter than one after the other */
+    const vec p = (f * 1.326472731e-3f + 9.671512991e-3f) * (f2 * f2) + ((f * 5.550733581e-2f + 2.402224243e-1f) * f2 +
+                  (f * 6.931470037e-1f + 1.0f));
+#ifdef __AVX512DQ__
     return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     return choose(x == x, (vec)((ivec)p + ((ivec)shifted << 23)), x); /* NaN stays NaN */
@@ -95,6 +91,8 @@ INLINE vec exponential(vec x) {
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 #define MAX_THREADS 256
 

@@ -94,6 +94,11 @@ def pool() -> ctypes.Array[ctypes.c_void_p] | None:
         return None
 
 
+def each_image(row: Tensor, B: int) -> Tensor:
+    """One row for each of B images, (B, C), dense: of so many, or of the one, (1, C), that all have."""
+    return row.contiguous() if len(row) == B else row.expand(B, -1).contiguous()
+
+
 _PLAIN = (Tensor, nn.Parameter)
 
 

@@ -47,9 +47,11 @@ static void gather_rows(cut_t c, const float *from, idx C, float *to) {
 static void activate(idx rows, idx C, const float *x, const float *row, float *y, float *slope) {
     for (idx r = 0; r < rows; r++, x += C, y += C, slope += slope ? C : 0)
         CHANNELS(
-            const vec z = load(x + c, n) + (row ? load(row + c, n) : (vec){0}), s = sigmoid(z);
-            store(y + c, z * s, n);
-            if (slope) store(slope + c, s * (1.0f + z * (1.0f - s)), n);)
+            const vec z = load(x + c, n) + (row ? load(row + c, n) : (vec){0});
+            if (slope) {
+                const vec s = sigmoid(z);
+                store(y + c, z * s, n), store(slope + c, s * (1.0f + z * (1.0f - s)), n);
+            } else store(y + c, silu(z), n);)
 }
 
 /* --- a depthwise convolution, whose output is what a product takes --------------------------------------------*/
@@ -132,7 +134,7 @@ INLINE void leave(const int then, vec sum, idx at, const idx n, out_t out) {
     if (then == ADD) sum += load(out.more + at, n);
     if (then == TIMES) sum *= load(out.more + at, n);
     if (then == SILU && out.before) store(out.before + at, sum, n);
-    if (then == SILU) sum *= sigmoid(sum);
+    if (then == SILU) sum = silu(sum);
     store(out.y + at, sum, n);
 }
 

@@ -57,7 +57,8 @@ def integrate(
             stage = x
             for a, k in zip(row, slopes, strict=True):
                 stage = stage + dt * a * k if a else stage
-            slopes.append(velocity(stage, torch.full((len(x),), t + dt * sum(row), dtype=x.dtype, device=x.device)))
+            level = torch.full((1,), t + dt * sum(row), dtype=x.dtype, device=x.device)
+            slopes.append(velocity(stage, level.expand(len(x))))  # one for all, and the network can tell
         for weight, k in zip(b, slopes, strict=True):
             x = x + dt * weight * k if weight else x
     return x, steps * len(b)

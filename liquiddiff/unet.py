@@ -132,6 +132,8 @@ class LiquidDiffusionUNet(
         H, W = x_BCHW.shape[2:]
         if H % self.stride or W % self.stride:
             raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
+        if t_B.dim() == 1 and t_B.stride(0) == 0 and not is_literal():  # one noise level, expanded: as sampling has it
+            t_B = t_B[:1]  # so what comes of it alone is computed once, for all images
         temb = self.time(t_B)
         if not (is_literal() or transformed()):
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)

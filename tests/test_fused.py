@@ -122,7 +122,7 @@ def test_the_sigmoid_over_its_whole_range():
     one, row = torch.ones_like(x), torch.ones(1, 8)
     s = gate_blend(x, one, torch.zeros_like(x), row, 0 * row)
     error = (s.double() - torch.sigmoid(x.double())).abs() / torch.sigmoid(x.double())
-    assert error[x > -87].max() < 4e-7 and (s[x <= -87] < 2e-38).all()
+    assert (error / (3 + x.abs()))[x > -87].max() < 1e-7 and (s[x <= -87] < 2e-38).all()
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0] * 2).view(1, 8, 1, 1)
     sure = gate_blend(
         special, 3 * torch.ones_like(special), special.new_full((1, 8, 1, 1), 5.0), row, 0 * row
