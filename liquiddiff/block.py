@@ -5,15 +5,15 @@ Shapes: B batch, C channels, H W space, D time embedding, M hidden width. It nev
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquiddiff import chains, fused
+from liquiddiff import chains, fused, parts
 from liquiddiff.config import Model, choose
-from liquiddiff.depthwise import depthwise, is_literal, merge_kernels
+from liquiddiff.depthwise import DepthwiseConv2d, Kernel, is_literal, merge_kernels
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 
 
@@ -47,7 +47,7 @@ class SpatialMix(nn.Module):
     def __init__(self, dim: int, time_dim: int, kernels: list[int], pool: bool, concat: bool):
         super().__init__()
         self.norm = AdaLN(dim, time_dim)
-        self.scales = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in kernels)
+        self.scales = nn.ModuleList(DepthwiseConv2d(dim, k) for k in kernels)
         self.pool = nn.Linear(dim, dim) if pool else None
         self.concat = concat
         self.out = Pointwise(dim * len(kernels) if concat else dim, dim)
@@ -55,16 +55,20 @@ class SpatialMix(nn.Module):
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """See the class."""
         n, x_BCHW, mean = self.norm.with_mean(x_BCHW, temb_BD)
-        kernels, biases = zip(*((s.weight, s.bias) for s in self.scales), strict=True)
         pooled = None if self.pool is None else self.pool(mean)
         if self.concat or is_literal():
-            scales = [depthwise(n, *scale) for scale in zip(kernels, biases, strict=True)]
+            scales = [scale(n) for scale in self.scales]
             n = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
             pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
             return self.out(n, x_BCHW, first=True, row_BC=pooled)
         # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
+        kernels, biases = zip(*self.kernels(), strict=True)
         merged = merge_kernels(kernels), functools.reduce(torch.add, biases)
         return self.out(n, x_BCHW, first=True, row_BC=pooled, of=merged)
+
+    def kernels(self) -> list[Kernel]:
+        """Weight and bias of each of the parallel convolutions."""
+        return [cast(DepthwiseConv2d, scale).kernel() for scale in self.scales]
 
 
 class FeedForward(nn.Module):
@@ -110,7 +114,17 @@ class LiquidDiffusionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.feed_forward(self._mixed(x_BCHW, temb_BD, t_B), temb_BD)
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B)
+        spatial, feed = self.spatial, self.feed_forward
+        if spatial is None:
+            return feed(x_BCHW, temb_BD)
+        if not spatial.concat and parts.ready(x_BCHW):
+            pool = None if spatial.pool is None else (spatial.pool.weight, spatial.pool.bias)
+            mix = spatial.norm.rows(temb_BD), spatial.kernels(), pool, spatial.out.layer()
+            done = parts.tail(x_BCHW, *mix, feed.norm.rows(temb_BD), feed.expand.layer(), feed.contract.layer())
+            if done is not None:
+                return done
+        return feed(spatial(x_BCHW, temb_BD), temb_BD)
 
     def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
         """The same by `step(function, *tensors)`, each of which ends with a product.
@@ -128,13 +142,16 @@ class LiquidDiffusionBlock(nn.Module):
 
     def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
         """All but the feed-forward; `z` is what the mixer's `first` gave."""
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, z_BMHW)
+        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, temb_BD)
+
+    def _relaxed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
+        """The mixer under its relaxation."""
         n, x_BCHW = self.norm(x_BCHW, temb_BD)
         mixer: Any = self.mixer
         y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
         if self.relaxation.replaces_residual:
-            x_BCHW = self.relaxation(x_BCHW, y, t_B, temb_BD)
-        elif alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
-            x_BCHW = fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
-        else:
-            x_BCHW = x_BCHW + self.relaxation(n, y, t_B, temb_BD)
-        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, temb_BD)
+            return self.relaxation(x_BCHW, y, t_B, temb_BD)
+        if alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
+            return fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
+        return x_BCHW + self.relaxation(n, y, t_B, temb_BD)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from liquiddiff import native
 from liquiddiff.depthwise import Inner, Kernel, gradients, is_literal
 
-__all__ = ["feed_forward", "heads", "separable"]
+__all__ = ["feed_forward", "separable"]
 
 Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 convolution
 
@@ -53,27 +53,6 @@ def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Te
     return y
 
 
-def heads(
-    z_BMHW: Tensor, kernels: Sequence[Kernel], layers: Sequence[Layer], a_BC: Tensor, b_BC: Tensor
-) -> Tensor | None:
-    """S g + (1 - s) h, s = sigmoid(a f - b), (B, C, H, W), of a CfC cell, by its three 1x1 layers f, g and h:
-    f = layer(z), g = layer(SiLU(u)), h = layer(SiLU(v)), where u and v are z convolved depthwise by the two kernels.
-    """
-    weights = [tensor for layer in layers for tensor in layer]
-    (B, M), C = z_BMHW.shape[:2], len(weights[0])
-    a_BC, b_BC = native.each_image(a_BC, B), native.each_image(b_BC, B)
-    if not _fast(z_BMHW, C, M, weights, a_BC, b_BC) or not a_BC.shape == b_BC.shape == (B, C):
-        return None
-    if not all(Inner.takes(z_BMHW, kernel) for kernel in kernels):
-        return None
-    if torch.is_grad_enabled():
-        return _Heads.apply(z_BMHW, a_BC, b_BC, *weights, *(tensor for kernel in kernels for tensor in kernel))
-    y = _image(z_BMHW, C)
-    inner = [Inner(z_BMHW, kernel) for kernel in kernels]
-    _call("heads_forward", y, M, [z_BMHW, a_BC, b_BC, *weights, y, None, None, None], inner)
-    return y
-
-
 def _fast(image: Tensor, C: int, M: int, weights: Sequence[Tensor], *rows: Tensor) -> bool:
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
     if is_literal() or not native.eager(image, *weights, *rows) or image.numel() == 0:
@@ -88,8 +67,8 @@ def _fast(image: Tensor, C: int, M: int, weights: Sequence[Tensor], *rows: Tenso
 # --- the C library ---------------------------------------------------------------------------------------------------
 
 POINTERS = {
-    **{"feed_forward_forward": 9, "feed_forward_backward": 13, "separable_forward": 10, "separable_backward": 12},
-    **{"heads_forward": 15, "heads_backward": 22},
+    **{"feed_forward_forward": 9, "feed_forward_backward": 13},
+    **{"separable_forward": 10, "separable_backward": 12},
 }
 EPS = 1e-5  # of the norm
 
@@ -116,7 +95,7 @@ def _call(
 
 
 def _inner(x_BCHW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inner | None:
-    return None if weight is None else Inner(x_BCHW, (weight, bias))
+    return None if weight is None else Inner((weight, bias), *x_BCHW.shape[2:])
 
 
 def _image(like: Tensor, channels: int) -> Tensor:
@@ -177,31 +156,3 @@ class _Separable(torch.autograd.Function):
         need = ctx.needs_input_grad
         dx, *of_kernel = gradients(dc, x, kernel, (need[0], *need[6:]))
         return dx, *grads, *of_kernel
-
-
-class _Heads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, a: Tensor, b: Tensor, *tensors: Tensor) -> Tensor:
-        weights, (ku, su, kv, sv) = tensors[:6], tensors[6:]
-        inner = [Inner(z, (ku, su)), Inner(z, (kv, sv))]
-        y, *kept = (_image(z, a.shape[1]) for _ in range(4))
-        _call("heads_forward", y, z.shape[1], [z, a, b, *weights, y, *kept], inner)
-        ctx.save_for_backward(z, a, b, *tensors, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        z, a, b, *tensors = ctx.saved_tensors
-        weights, (ku, su, kv, sv), kept = tensors[:6], tensors[6:10], tensors[10:]
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        (dz, du, dv), found = _empty((z, z, z)), _empty(weights)
-        dab = torch.cat([a, b], dim=1)
-        inner = [Inner(z, (ku, su)), Inner(z, (kv, sv))]
-        images = [dy, z, a, b, *weights[::2], *kept, dz, du, dv, dab, *found]
-        _call("heads_backward", dy, z.shape[1], images, inner)
-        da, db = dab.chunk(2, dim=1)
-        need = ctx.needs_input_grad
-        with_u, *of_u = gradients(du, z, ku, (need[0], *need[9:11]), dz)
-        all_z, *of_v = gradients(dv, z, kv, (need[0], *need[11:13]), with_u)
-        return all_z, da, db, *found, *of_u, *of_v

@@ -125,13 +125,9 @@ def _eligible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in tensors) or torch.is_autocast_enabled("cpu"):
         return False
-    return _fits(x, weight, bias)
-
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     C, k = weight.shape[0], weight.shape[-1]
-    shaped = x.dim() == 4 and x.shape[1] == C and weight.shape == (C, 1, k, k) and (bias is None or bias.shape == (C,))
-    return shaped and k in KERNEL_SIZES and x.numel() > 0
+    fits = x.dim() == 4 and x.shape[1] == C and weight.shape == (C, 1, k, k) and (bias is None or bias.shape == (C,))
+    return fits and k in KERNEL_SIZES and x.numel() > 0
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -168,8 +164,7 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     lanes: int  # the least number of channels
-    pack: int  # addresses of dw_pack and dw_span
-    span: int
+    entries: tuple[int, ...]  # addresses of dw_pack, dw_span and dw_backward
 
 
 @functools.cache
@@ -180,23 +175,24 @@ def _library(kernel_size: int) -> _Library | None:
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [pointer, index]
     library.dw_backward.argtypes = [pointer] * 7 + [index] * 4 + [pointer, index]
-    entries = [ctypes.cast(entry, pointer).value or 0 for entry in (library.dw_pack, library.dw_span)]
-    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes(), *entries)
+    entries = (library.dw_pack, library.dw_span, library.dw_backward)
+    addresses = tuple(ctypes.cast(entry, pointer).value or 0 for entry in entries)
+    return _Library(library.dw_forward, library.dw_backward, library.dw_lanes(), addresses)
 
 
 class Inner(ctypes.Structure):
     """A convolution whose output another C kernel takes, a tile at a time: `depthwise_t` of product.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pack", "span", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("pack", "span", "backward", "weight", "bias")),
         *((name, ctypes.c_ssize_t) for name in ("H", "W")),
     )
 
-    def __init__(self, x_BCHW: Tensor, kernel: Kernel):
+    def __init__(self, kernel: Kernel, H: int, W: int):
         library, tensors = _library(kernel[0].shape[-1]), [None if t is None else t.contiguous() for t in kernel]
-        assert library is not None  # as `takes` says
+        assert library is not None  # as `fits` says
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        super().__init__(library.pack, library.span, *pointers, *x_BCHW.shape[2:])
+        super().__init__(*library.entries, *pointers, H, W)
         self._kept = tensors
 
     @property
@@ -206,14 +202,21 @@ class Inner(ctypes.Structure):
 
     @staticmethod
     def takes(x_BCHW: Tensor, kernel: Kernel) -> bool:
-        """Tell whether it can be had."""
-        weight, bias = kernel
-        if _literal or not (native.eager(x_BCHW, weight) if bias is None else native.eager(x_BCHW, weight, bias)):
+        """Tell whether it can be had of such an image."""
+        if not native.eager(x_BCHW) or x_BCHW.dim() != 4 or not x_BCHW.numel():
             return False
-        if not _fits(x_BCHW, weight, bias) or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        return x_BCHW.is_contiguous(memory_format=torch.channels_last) and Inner.fits(kernel, x_BCHW.shape[1])
+
+    @staticmethod
+    def fits(kernel: Kernel, C: int) -> bool:
+        """Tell whether it can be had of C channels of an image that the C kernels may take."""
+        (weight, bias), k = kernel, kernel[0].shape[-1]
+        if _literal or k not in KERNEL_SIZES or weight.shape != (C, 1, k, k) or not native.eager(weight):
             return False
-        library = _library(kernel[0].shape[-1])
-        return library is not None and library.lanes <= x_BCHW.shape[1]
+        if bias is not None and not (bias.shape == (C,) and native.eager(bias)):
+            return False
+        library = _library(k)
+        return library is not None and library.lanes <= C
 
 
 # --- forward and backward --------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_d
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquiddiff import chains, fused
+from liquiddiff import chains, fused, parts
 from liquiddiff.attention import Attention, LinearAttention
 from liquiddiff.config import Mixer, choose
 from liquiddiff.depthwise import DepthwiseConv2d, Kernel
@@ -56,6 +56,9 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """See the class."""
+        done = self._at_once(x_BCHW, temb_BD)
+        if done is not None:
+            return done
         return self._rest(self.backbone(x_BCHW, then=True, of=self.context.kernel()), temb_BD, t_B)
 
     def first(self, x_BCHW: Tensor) -> Tensor:
@@ -67,8 +70,6 @@ class CfC(nn.Module):
         return self._rest(F.silu(z_BMHW), temb_BD, t_B)
 
     def _rest(self, z: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        if self.gate == "time" and len(self.g) > 1 and not self.head_tanh:
-            return self._at_once(z, F.silu(temb_BD))
         g = self.g(z)  # (B, C, H, W)
         h = self.h(z) if self.h is not None else None
         if self.head_tanh:
@@ -84,14 +85,14 @@ class CfC(nn.Module):
         logit = -f * t_B[:, None, None, None].to(f.dtype) if self.gate == "literal" else f
         return torch.lerp(h, g, torch.sigmoid(logit))
 
-    def _at_once(self, z: Tensor, temb: Tensor) -> Tensor:
-        """The heads and the gate in one pass, where that is to be had."""
-        cell: Any = self
-        f, g, h = cell.f, cell.g, cell.h
-        rows = cell.time_a(temb), cell.time_b(temb)
-        layers = [f.layer(), g[-1].layer(), h[-1].layer()]
-        done = chains.heads(z, [g[0].kernel(), h[0].kernel()], layers, *rows)
-        return fused.gate_blend(f(z), g(z), h(z), *rows) if done is None else done
+    def _at_once(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor | None:
+        """The published cell in one call, where that is to be had."""
+        if self.gate != "time" or len(self.g) == 1 or self.head_tanh or not parts.ready(x_BCHW):
+            return None
+        cell, temb = cast(Any, self), F.silu(temb_BD)
+        kernels = [cell.context.kernel(), cell.g[0].kernel(), cell.h[0].kernel()]
+        layers = [cell.backbone.layer(), cell.f.layer(), cell.g[-1].layer(), cell.h[-1].layer()]
+        return parts.cell(x_BCHW, kernels, layers, cell.time_a(temb), cell.time_b(temb))
 
 
 class Head(nn.Sequential):

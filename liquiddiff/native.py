@@ -1,8 +1,8 @@
 """C kernels beside torch: compiled on first use, kept, loaded, and run on torch's own threads.
 
-A kernel is one plain C file beside this one, and the headers what they share. The system's compiler makes a shared
-library of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor). Without a
-compiler, torch does the work; where a compiler fails, that is told.
+A kernel is one plain C file beside this one, or several, and the headers what they share. The system's compiler makes a
+shared library of it under `~/.cache/liquiddiff`, named by what it depends on (sources, flags, compiler, processor).
+Without a compiler, torch does the work; where a compiler fails, that is told.
 """
 
 import ctypes
@@ -28,13 +28,13 @@ FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=
 _failed: list[str] = []  # what a compiler could not build
 
 
-def load(name: str, *defines: str) -> ctypes.CDLL | None:
-    """Compile `name`.c with `-D` for each of `defines`, unless it is kept already, and load it; None where that fails.
+def load(name: str, *defines: str, also: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """Compile `name`.c and `also` with `-D` for each of `defines`, unless that is kept, and load it; None if it fails.
 
     It fails where there is no compiler, home, room or right to execute. The caller keeps what it gets.
     """
     try:
-        return _build(name, [*FLAGS, *(f"-D{define}" for define in defines)])
+        return _build([name, *also], [*FLAGS, *(f"-D{define}" for define in defines)])
     except subprocess.CalledProcessError as error:
         if not _failed:  # the others will fail alike
             lines = error.stderr.decode(errors="replace").splitlines() or [f"exit status {error.returncode}"]
@@ -47,11 +47,12 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
         return None
 
 
-def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
-    source = Path(__file__).with_name(f"{name}.c")
+def _build(names: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
+    folder, name = Path(__file__).parent, names[0]
+    sources = [folder / f"{each}.c" for each in names]
     compiler = os.environ.get("CC", "")
-    shared = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
-    key = hashlib.sha256(repr((source.read_bytes(), shared, flags, compiler, _cpu())).encode()).hexdigest()[:20]
+    parts = [part.read_bytes() for part in (*sources, *sorted(folder.glob("*.h")))]
+    key = hashlib.sha256(repr((parts, flags, compiler, _cpu())).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liquiddiff"
     target = cache / f"{name}-{key}.so"
     with suppress(OSError):  # missing, or damaged: build it
@@ -59,12 +60,13 @@ def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
     command = shlex.split(compiler) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=cache, prefix="build-")
+        room = tempfile.TemporaryDirectory(dir=cache, prefix="build-")
     except OSError:  # a read-only home: for this process alone
-        folder = tempfile.TemporaryDirectory(prefix="liquiddiff-")
-    with folder as build:
+        room = tempfile.TemporaryDirectory(prefix="liquiddiff-")
+    with room as build:
         made = Path(build) / f"{name}.so"
-        subprocess.run([*command, *flags, "-o", str(made), str(source)], check=True, capture_output=True, timeout=120)
+        command += [*flags, "-o", str(made), *map(str, sources)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
         library = ctypes.CDLL(str(made))  # stays mapped when the file moves or goes
         if made.parent.parent == cache:
             os.replace(made, target)  # atomic: another process sees the whole file or none

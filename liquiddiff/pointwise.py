@@ -107,7 +107,7 @@ def _forward(
     convolved: Tensor | None = None,
 ) -> Tensor:
     y, row = x.new_empty(*x.shape[:3], len(weight)), None if row is None else row.contiguous()
-    inner = None if kernel is None else Inner(x.permute(0, 3, 1, 2), (kernel, shift))
+    inner = None if kernel is None else Inner((kernel, shift), *x.shape[1:3])
     weight = weight.contiguous()
     pointers = [None if t is None else t.data_ptr() for t in (x, row, weight, bias, add, y, before, convolved)]
     pointers.append(None if inner is None else inner.address)

@@ -57,8 +57,10 @@ static void activate(idx rows, idx C, const float *x, const float *row, float *y
 /* --- a depthwise convolution, whose output is what a product takes --------------------------------------------*/
 
 typedef struct {
-    float *(*pack)(const float *w, idx C); /* dw_pack and dw_span of depthwise.c, for this size of kernel */
+    float *(*pack)(const float *w, idx C); /* dw_pack, dw_span and dw_backward of depthwise.c, for this size of kernel */
     void (*span)(idx H, idx W, idx C, idx first, idx last, const float *x, const float *taps, const float *bias, float *y);
+    int (*backward)(const float *g, const float *x, const float *w, const float *other, float *dx, float *dw, float *db, idx B,
+                    idx C, idx H, idx W, const pool_t *pool, idx threads);
     const float *w, *bias; /* (C, k, k), and (C) or NULL */
     idx H, W;
 } depthwise_t;

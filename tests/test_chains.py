@@ -1,4 +1,4 @@
-"""The chains of products compute what their layers compute one after the other."""
+"""Chains of products, and parts of a block in one call, compute what their layers compute one after the other."""
 
 import copy
 import importlib
@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from liquiddiff.block import FeedForward
-from liquiddiff.config import Mixer
+from liquiddiff.block import FeedForward, LiquidDiffusionBlock
+from liquiddiff.config import Mixer, Model
 from liquiddiff.depthwise import literal
 from liquiddiff.mixers import MIXERS, Slot
+from liquiddiff.relaxation import LAWS
 
-impl = importlib.import_module("liquiddiff.chains")
+impl = [importlib.import_module(f"liquiddiff.{name}") for name in ("chains", "parts")]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler: the layers, rightly")
 # B, C, M, H, W: whole blocks, overlapping ones, tiles of less than 64 positions, several chunks; the last is too small
@@ -28,9 +29,11 @@ SHAPES = [
 ]
 NODES = {
     "feed_forward": "_FeedForwardBackward",
-    "cfc": "_HeadsBackward",
+    "cfc": "_CellBackward",
     "conv": "_SeparableBackward",
     "conv_gated": "_SeparableBackward",
+    "tail": "_TailBackward",
+    "tail_without_pool": "_TailBackward",
 }
 each_chain = pytest.mark.parametrize("chain", NODES)
 
@@ -46,10 +49,25 @@ class Cell(nn.Module):
         return self.cell(x, temb, temb[:, 0])
 
 
+class Tail(nn.Module):
+    """A block of which little but its tail is left."""
+
+    def __init__(self, C, M, pool):
+        super().__init__()
+        model = Model("test", mixer=Mixer("identity"), relaxation="none", mix_pool=pool, ffn_ratio=M / C)
+        self.block = LiquidDiffusionBlock(Slot(C, M, 16, 8), model, LAWS["none"](C))
+
+    def forward(self, x, temb):
+        return self.block(x, temb, temb[:, 0])
+
+
 def make(chain, B, C, M, H, W, **mixer):
     """A module with no weight at zero, and its arguments: an image, a time embedding, a gradient of the output."""
     rng = torch.Generator().manual_seed(C)
-    module = FeedForward(C, 16, M / C) if chain == "feed_forward" else Cell(chain, C, M, **mixer)
+    if chain == "feed_forward":
+        module = FeedForward(C, 16, M / C)
+    else:
+        module = Tail(C, M, chain == "tail") if chain.startswith("tail") else Cell(chain, C, M, **mixer)
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=rng))
@@ -186,5 +204,43 @@ def test_less_is_kept_for_the_backward_pass_than_by_the_layers(chain):
 def test_without_a_compiler_the_layers_give_the_same(chain, monkeypatch):
     call = make(chain, 3, 64, 32, 5, 4)
     want = results(*call)
-    monkeypatch.setattr(impl, "_library", lambda: None)
+    for module in impl:
+        monkeypatch.setattr(module, "_library", lambda: None)
     assert_close(results(*call), want)
+
+
+@each_chain
+def test_one_row_may_serve_all_images(chain):
+    module, x, temb, g = make(chain, 5, 64, 40, 6, 10)
+    want = results(module, x, temb[:1].expand(5, -1), g)
+    got = results(module, x, temb[:1], g)
+    want[2] = want[2].sum(0, keepdim=True)
+    assert_close(got, want, 1e-6)
+
+
+@needs_compiler
+def test_a_tail_in_one_call_is_its_layers_to_the_bit(monkeypatch):
+    call = make("tail_without_pool", 5, 64, 40, 20, 13)  # the pool's product is torch's there
+    got = results(*call)
+    monkeypatch.setattr(impl[1], "_library", lambda: None)
+    assert_equal(results(*call), got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", [[7], [3, 9], [5, 5, 3]])
+def test_any_scales_are_merged_and_parted(kernels):
+    rng, C = torch.Generator().manual_seed(0), 48
+    model = Model("test", mixer=Mixer("identity"), relaxation="none", mix_kernels=kernels)
+    block = LiquidDiffusionBlock(Slot(C, C, 16, 8), model, LAWS["none"](C))
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+    module = lambda x, temb: block(x, temb, temb[:, 0])  # noqa: E731
+    x, g = (torch.randn(3, C, 9, 6, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    x, temb = x.requires_grad_(), torch.randn(3, 16, generator=rng)
+    y = module(x, temb)
+    assert y.grad_fn.name() == "_TailBackward"
+    got = [y, *torch.autograd.grad(y, [x, *block.parameters()], g)]
+    block.double()
+    y = module(x.double(), temb.double())
+    assert_close(got, [y, *torch.autograd.grad(y, [x, *block.parameters()], g.double())])

@@ -54,6 +54,14 @@ def test_samples_do_not_see_their_batch(arm):
     torch.testing.assert_close(mixer(*others)[1:2], alone, **close)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ARMS)
+def test_one_noise_level_may_serve_all_images(arm):
+    mixer, (x, temb, t) = mixer_of(arm), inputs()
+    want = mixer(x, temb[:1].repeat(3, 1), t[:1].repeat(3))
+    torch.testing.assert_close(mixer(x, temb[:1], t[:1]), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_finite_with_gradients_at_both_ends_of_t_and_any_shape(arm):
     mixer, (x, temb, _) = mixer_of(arm), inputs(2, H=6, W=10)

@@ -10,6 +10,7 @@ from liquiddiff.config import SIZES, Mixer, Model
 from liquiddiff.layers import upsampled
 from liquiddiff.relaxation import LAWS
 from liquiddiff.seeding import initialise
+from liquiddiff.solvers import integrate
 
 CLAIMED = {"tiny": 8e6, "small": 25e6, "base": 65e6, "large": 120e6}
 
@@ -164,9 +165,18 @@ def test_large_images_in_mixed_precision_keep_less_and_train_the_same(monkeypatc
 def test_one_t_may_serve_all_images(checkpointing, monkeypatch):
     monkeypatch.setattr(unet, "PART", 1)  # image by image
     net, x, t = awake(net_of()), torch.randn(3, 1, 8, 8), torch.rand(1)
-    expected = net(x, t.expand(3))
+    expected = net(x, t.repeat(3))
     net.checkpointing = checkpointing
-    torch.testing.assert_close(net(x, t), expected, rtol=1e-4, atol=1e-5)
+    for one in (t, t.expand(3)):
+        torch.testing.assert_close(net(x, one), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sampling_embeds_its_one_noise_level_once():
+    net, seen = awake(net_of()), []
+    net.time.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    integrate(net, torch.randn(3, 1, 8, 8), 4, "heun")
+    assert seen == [1] * 4
 
 
 @torch.no_grad()

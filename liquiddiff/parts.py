@@ -1,0 +1,225 @@
+"""Parts of a block on CPU, each one call forward and one backward: a CfC cell; the spatial mix with the feed-forward.
+
+`parts.c` calls the kernels that layers would call one by one (fused.c, pointwise.c, depthwise.c, chains.c). What is
+saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. Each function
+here gives None where that is not to be had, as those of `chains` do.
+
+Legend: B batch, C channels, H W space, M hidden width.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liquiddiff import native
+from liquiddiff.chains import EPS, Layer
+from liquiddiff.depthwise import Inner, Kernel, is_literal
+from liquiddiff.fused import PIECE
+
+__all__ = ["cell", "ready", "tail"]
+
+MAX_SCALES = 8  # scales_t of parts.c
+
+
+def cell(
+    x_BCHW: Tensor, kernels: Sequence[Kernel], layers: Sequence[Layer], a_BC: Tensor, b_BC: Tensor
+) -> Tensor | None:
+    """S g + (1 - s) h, s = sigmoid(a f - b), (B, C, H, W), of a CfC cell with z = SiLU(backbone(conv(x))), f = head(z),
+    g = head(SiLU(u)), h = head(SiLU(v)), where u and v are z convolved. Kernels: conv, u, v; layers: backbone, f, g, h.
+    """
+    B, C = x_BCHW.shape[:2]
+    weights, M = [tensor for layer in layers for tensor in layer], len(layers[0][0])
+    if not ready(x_BCHW, M) or not _dense(weights):
+        return None
+    a_BC, b_BC = native.each_image(a_BC, B), native.each_image(b_BC, B)
+    if not (native.eager(a_BC, b_BC) and a_BC.shape == b_BC.shape == (B, C)):
+        return None
+    if not all(Inner.fits(kernel, channels) for kernel, channels in zip(kernels, (C, M, M), strict=True)):
+        return None
+    args = *weights, a_BC, b_BC, *(tensor for kernel in kernels for tensor in kernel)
+    return _Cell.apply(x_BCHW, *args) if torch.is_grad_enabled() else _cell(False, x_BCHW, *args)[0]
+
+
+def tail(
+    x_BCHW: Tensor,
+    norm_B2C: Tensor,
+    scales: Sequence[Kernel],
+    pool: Layer | None,
+    out: Layer,
+    feed_B2C: Tensor,
+    expand: Layer,
+    contract: Layer,
+) -> Tensor | None:
+    """Y = m + contract(SiLU(expand(AdaLN(m)))), m = x + out(SiLU(c + pool(mean(n)))), n = AdaLN(x), (B, C, H, W).
+
+    c is the sum of n's convolutions by `scales`; `norm` and `feed` are the modulations of the norms, as in fused.adaln.
+    """
+    B, C = x_BCHW.shape[:2]
+    weights = [*(pool or ()), *out, *expand, *contract]
+    if not ready(x_BCHW, len(expand[0])) or not _dense(weights):
+        return None
+    norm_B2C, feed_B2C = native.each_image(norm_B2C, B), native.each_image(feed_B2C, B)
+    if not (native.eager(norm_B2C, feed_B2C) and norm_B2C.shape == feed_B2C.shape == (B, 2 * C)):
+        return None
+    if len(scales) > MAX_SCALES or not all(Inner.fits(scale, C) and scale[1] is not None for scale in scales):
+        return None
+    args = (
+        norm_B2C,
+        *(pool or (None, None)),
+        *out,
+        feed_B2C,
+        *expand,
+        *contract,
+        *(t for scale in scales for t in scale),
+    )
+    return _Tail.apply(x_BCHW, *args) if torch.is_grad_enabled() else _tail(False, x_BCHW, *args)[0]
+
+
+def ready(x_BCHW: Tensor, M: int | None = None) -> bool:
+    """Tell whether such an image can be taken, with a hidden width of M; if not, no arguments need be made."""
+    if is_literal() or not native.eager(x_BCHW) or not x_BCHW.numel():
+        return False
+    if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        return False
+    library = _library()
+    return library is not None and min(x_BCHW.shape[1], M or x_BCHW.shape[1]) >= library.parts_least()
+
+
+def _dense(weights: Sequence[Tensor]) -> bool:
+    return native.eager(*weights) and all(weight.is_contiguous() for weight in weights)
+
+
+# --- the C library ---------------------------------------------------------------------------------------------------
+
+POINTERS = {"cell_forward": 21, "cell_backward": 38, "tail_forward": 23, "tail_backward": 36}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("parts", also=("fused", "pointwise", "chains"))
+    pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
+    for name, count in POINTERS.items() if library else ():
+        eps = [ctypes.c_float] * name.startswith("tail")
+        getattr(library, name).argtypes = [pointer] * count + eps + [index] * 5 + [pointer, index]
+    return library
+
+
+def _call(name: str, x: Tensor, M: int, tensors: Sequence[Tensor | None], structures: Sequence[int]) -> None:
+    B, C, H, W = x.shape
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    options = [EPS] if name.startswith("tail") else []
+    rest = B, H * W, C, M, PIECE, native.pool(), torch.get_num_threads()
+    if getattr(_library(), name)(*pointers, *structures, *options, *rest):
+        raise MemoryError("a part of a block: out of memory")
+
+
+class _Scales(ctypes.Structure):
+    """Kernels and biases of parallel convolutions: `scales_t` of parts.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_ssize_t) for name in ("count", "size")),
+        *((name, ctypes.c_void_p * MAX_SCALES) for name in ("w", "bias")),
+        ("k", ctypes.c_ssize_t * MAX_SCALES),
+    )
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        tensors = [t.contiguous() for t in tensors]
+        sizes, (w, bias) = [t.shape[-1] for t in tensors[::2]], ([t.data_ptr() for t in tensors[i::2]] for i in (0, 1))
+        room = ctypes.c_void_p * MAX_SCALES
+        super().__init__(len(sizes), max(sizes), room(*w), room(*bias), (ctypes.c_ssize_t * MAX_SCALES)(*sizes))
+        self._kept = tensors
+
+
+def _empty(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _images(x: Tensor, *channels: int) -> list[Tensor]:
+    B, _, H, W = x.shape
+    return [x.new_empty(B, H, W, C).permute(0, 3, 1, 2) for C in channels]
+
+
+# --- a CfC cell ------------------------------------------------------------------------------------------------------
+
+
+def _cell(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """The result, and what the backward pass needs of what was made on the way, where that is kept."""
+    C, M = x.shape[1], len(tensors[0])
+    z, y = _images(x, M, C)
+    kept: list[Any] = _images(x, M, C, C, C, C) if keep else [None] * 5
+    inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
+    _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], [conv.address for conv in inner])
+    return y, [z, *kept]
+
+
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y, kept = _cell(True, *args)
+        ctx.save_for_backward(*args, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, *tensors = ctx.saved_tensors
+        tensors, kept = tensors[:16], tensors[16:]
+        C, M = x.shape[1], len(tensors[0])
+        *room, dx = _images(x, M, M, M, M, C, C)
+        of_layers, of_kernels, dab = _empty(tensors[:8]), _empty(tensors[10:]), x.new_empty(len(x), 2 * C)
+        inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
+        given = [g.contiguous(memory_format=torch.channels_last), x, *tensors[:8:2], *tensors[8:10], *kept]
+        made = [*room, dx, *of_layers, dab, *of_kernels]
+        _call("cell_backward", x, M, [*given, *made], [conv.address for conv in inner])
+        return dx, *of_layers, *dab.chunk(2, dim=1), *of_kernels
+
+
+# --- the spatial mix and the feed-forward ----------------------------------------------------------------------------
+
+
+def _tail(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """The result, and what the backward pass needs of what was made on the way, where that is kept."""
+    (B, C, H, W), layers, scales = x.shape, tensors[:10], _Scales(tensors[10:])
+    M = len(layers[6])
+    n, mixed, y = _images(x, C, C, C)
+    sums = mean = row = None
+    if layers[1] is not None:
+        sums, mean, row = x.new_empty(B, -(-H * W // PIECE), C), x.new_empty(B, C), x.new_empty(B, C)
+    moments = c = feed_moments = z = None
+    if keep:
+        moments, feed_moments, (c, z) = x.new_empty(B, H, W, 2), x.new_empty(B, H, W, 2), _images(x, C, M)
+    kernel, shift = x.new_empty(C, 1, scales.size, scales.size), x.new_empty(C)
+    made = [n, sums, mean, row, mixed, y, moments, c, feed_moments, z]
+    inner = Inner((kernel, shift), H, W)
+    _call("tail_forward", x, M, [x, *layers, *made], [inner.address, ctypes.addressof(scales)])
+    return y, [n, mean, row, mixed, moments, c, feed_moments, z, kernel]
+
+
+class _Tail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y, kept = _tail(True, *args)
+        ctx.save_for_backward(*args, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, *tensors = ctx.saved_tensors
+        tensors, kept, kernel = tensors[:-9], tensors[-9:-1], tensors[-1]
+        B, C, H, W = x.shape
+        norm, wp, _, wo, _, feed, w1, _, w2, _ = tensors[:10]
+        *room, dx = _images(x, C, C, C, C)
+        sums = x.new_empty(B, -(-H * W // PIECE), 2, C)
+        of_layers, of_scales = _empty(tensors[1:10]), _empty(tensors[10:])
+        given = [g.contiguous(memory_format=torch.channels_last), x, norm, wp, wo, feed, w1, w2, *kept]
+        room += [x.new_empty(B, C), x.new_empty(B, C)]
+        made = [*room, dx, sums, *of_layers, torch.empty_like(kernel), x.new_empty(C)]
+        inner, scales = Inner((kernel, None), H, W), _Scales(of_scales)
+        _call("tail_backward", x, len(w1), [*given, *made], [inner.address, ctypes.addressof(scales)])
+        return dx, sums[:, 0].flatten(1), *of_layers, *of_scales
