@@ -41,9 +41,11 @@ typedef struct job {
     float *taps[2], eps;
     cut_t cut;
     layer_t layer[MAX_LAYERS];
-    idx layers, C, M, wide, each; /* each: floats of a thread's room */
+    idx layers, C, M, wide, each, alike; /* each: floats of a thread's room; alike: a row is one, of all images */
     void (*body)(const struct job *, tile_t, idx k, idx chunk, float *room);
 } job_t;
+
+INLINE const float *row(const job_t *j, int i, tile_t t, idx width) { return j->row[i] + (j->alike ? 0 : t.b * width); }
 
 static void forward(void *data, idx k, idx me) {
     const job_t *j = data;
@@ -83,7 +85,7 @@ static int run(job_t *j, float *drows, const pool_t *pool, idx threads) {
 static void feed_forward(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx C = j->C, M = j->M;
     float *normed = room, *active = room + TILE * C;
-    adaln(t.rows, C, j->x + t.at * C, j->row[0] + t.b * 2 * C, j->eps, normed, j->moments ? j->moments + t.at * 2 : NULL, NULL);
+    adaln(t.rows, C, j->x + t.at * C, row(j, 0, t, 2 * C), j->eps, normed, j->moments ? j->moments + t.at * 2 : NULL, NULL);
     product(SILU, t.rows, normed, C, j->layer[0].packed, M,
             (out_t){.bias = j->layer[0].bias, .y = active, .before = j->out[0] ? j->out[0] + t.at * M : NULL});
     product(ADD, t.rows, active, M, j->layer[1].packed, C,
@@ -106,7 +108,7 @@ static void feed_forward_grad(const job_t *j, tile_t t, idx k, idx chunk, float 
 /* out: z and c kept, or NULL */
 static void separable(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx M = j->M;
-    const float *scale = j->row[0] + t.b * M, *x = j->x + t.at * j->C;
+    const float *scale = row(j, 0, t, M), *x = j->x + t.at * j->C;
     float *active = room, *c = j->out[1] ? j->out[1] + t.at * j->C : room + TILE * M;
     if (j->conv[0]) convolve(j->conv[0], t, j->C, j->x, j->taps[0], c), x = c;
     product(SILU, t.rows, x, j->C, j->layer[0].packed, M,
@@ -151,7 +153,7 @@ static void heads(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
         product(PLAIN, t.rows, i ? active : j->x + t.at * M, M, j->layer[i].packed, C,
                 (out_t){.bias = j->layer[i].bias, .y = to[i]});
     }
-    gate(t.rows, C, to[0], to[1], to[2], j->row[0] + t.b * C, j->row[1] + t.b * C, j->y + t.at * C);
+    gate(t.rows, C, to[0], to[1], to[2], row(j, 0, t, C), row(j, 1, t, C), j->y + t.at * C);
 }
 
 /* in: the gradient of y, f, g, h; out: gradients of what the products take: z (from f alone), u, v */
@@ -173,11 +175,11 @@ static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) 
 
 int chain_least(void) { return PANEL; } /* C and M */
 
-/* modulation: scales and shifts, (B, 2 C). moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No
+/* alike: rows of images, as of `modulation`, are one, of all. modulation: scales and shifts, (B, 2 C). moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No
  * dimension is 0. Returns 0, or 1 when out of memory; so do all below. */
 int feed_forward_forward(const float *x, const float *modulation, const float *w1, const float *b1, const float *w2,
-                         const float *b2, float *y, float *moments, float *z, float eps, SHAPE) {
-    job_t j = {JOB, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps, .layers = 2,
+                         const float *b2, float *y, float *moments, float *z, float eps, idx alike, SHAPE) {
+    job_t j = {JOB, .alike = alike, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps, .layers = 2,
                .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
                .each = TILE * (C + M), .body = feed_forward};
     return run(&j, NULL, pool, threads);
@@ -195,8 +197,8 @@ int feed_forward_backward(const float *g, const float *x, const float *modulatio
 /* scale (B, M); conv, whose H W are P, may be NULL; z (B, P, M) and what conv gives, c (B, P, C), are for the backward
  * pass, or NULL. */
 int separable_forward(const float *x, const float *scale, const float *w1, const float *b1, const float *w2, const float *b2,
-                      float *y, float *z, float *c, const depthwise_t *conv, SHAPE) {
-    job_t j = {JOB, .x = x, .row = {scale}, .y = y, .out = {z, c}, .conv = {conv}, .layers = 2,
+                      float *y, float *z, float *c, const depthwise_t *conv, idx alike, SHAPE) {
+    job_t j = {JOB, .alike = alike, .x = x, .row = {scale}, .y = y, .out = {z, c}, .conv = {conv}, .layers = 2,
                .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
                .each = TILE * (C + M), .body = separable};
     return run(&j, NULL, pool, threads);
@@ -214,8 +216,8 @@ int separable_backward(const float *g, const float *c, const float *scale, const
 /* kf, kg, kh: f, g, h, (B, P, C), for the backward pass, or NULL all. */
 int heads_forward(const float *z, const float *a, const float *b, const float *wf, const float *bf, const float *wg,
                   const float *bg, const float *wh, const float *bh, float *y, float *kf, float *kg, float *kh,
-                  const depthwise_t *u, const depthwise_t *v, SHAPE) {
-    job_t j = {JOB, .x = z, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .conv = {u, v}, .layers = 3,
+                  const depthwise_t *u, const depthwise_t *v, idx alike, SHAPE) {
+    job_t j = {JOB, .alike = alike, .x = z, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .conv = {u, v}, .layers = 3,
                .layer = {{.w = wf, .bias = bf, .O = C, .K = M}, {.w = wg, .bias = bg, .O = C, .K = M},
                          {.w = wh, .bias = bh, .O = C, .K = M}},
                .each = TILE * (M + 3 * C), .body = heads};

@@ -27,8 +27,8 @@ Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 conv
 def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract: Layer) -> Tensor | None:
     """X + contract(SiLU(expand(AdaLN(x)))), (B, C, H, W); `modulation` as fused.adaln has it."""
     weights, (B, C) = (*expand, *contract), x_BCHW.shape[:2]
-    modulation_B2C = native.each_image(modulation_B2C, B)
-    if not _fast(x_BCHW, C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape != (B, 2 * C):
+    (modulation_B2C,) = native.rows_of(B, modulation_B2C)
+    if not _fast(x_BCHW, C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape[1] != 2 * C:
         return None
     if torch.is_grad_enabled():
         return _FeedForward.apply(x_BCHW, modulation_B2C, *weights)
@@ -40,8 +40,8 @@ def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract
 def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Tensor, contract: Layer) -> Tensor | None:
     """Two layers, contract((1 + scale) * SiLU(expand(c))), (B, C, H, W); c is x, or that convolved by a kernel."""
     weights, (B, C), M = (*expand, *contract), x_BCHW.shape[:2], len(expand[0])
-    scale_BM = native.each_image(scale_BM, B)
-    if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape != (B, M):
+    (scale_BM,) = native.rows_of(B, scale_BM)
+    if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape[1] != M:
         return None
     if kernel is not None and not Inner.takes(x_BCHW, kernel):
         return None
@@ -78,8 +78,8 @@ def _library() -> ctypes.CDLL | None:
     library = native.load("chains")
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
-        eps = [ctypes.c_float] * name.startswith("feed_forward")
-        getattr(library, name).argtypes = [pointer] * count + eps + [index] * 4 + [pointer, index]
+        options = [ctypes.c_float] * name.startswith("feed_forward") + [index] * name.endswith("_forward")
+        getattr(library, name).argtypes = [pointer] * count + options + [index] * 4 + [pointer, index]
     return library
 
 
@@ -89,7 +89,9 @@ def _call(
     B, C, H, W = image.shape
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     pointers += [None if conv is None else conv.address for conv in inner]
-    options = [EPS] if name.startswith("feed_forward") else []
+    options: list[float] = [EPS] if name.startswith("feed_forward") else []
+    if name.endswith("_forward"):
+        options.append(tensors[1] is not None and len(tensors[1]) == 1)  # one row of all images
     if getattr(_library(), name)(*pointers, *options, B, H * W, C, M, native.pool(), torch.get_num_threads()):
         raise MemoryError("a chain of 1x1 convolutions: out of memory")
 

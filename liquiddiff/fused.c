@@ -2,7 +2,7 @@
  *
  * A tensor is (B, P, C): B images of P = H * W positions; a (B, C) argument is one row per image. Work is cut into
  * pieces of at most `piece` positions of one image. A sum over positions is kept per piece, (B, pieces, sums, C), and
- * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. */
+ * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. Rows that are `alike` are one, of all. */
 #include "elements.h"
 
 #define SMALL (16 * 1024) /* fewer elements than this are not worth a second thread */
@@ -10,12 +10,12 @@
 /* --- a job: the same function on every piece ------------------------------------------------------------------*/
 
 typedef struct job {
-    const float *in[5], *row[3]; /* (B, P, C) and (B, C) */
+    const float *in[5], *row[3]; /* (B, P, C) and (B, C), or (C) where `alike` */
     float *out[3];               /* (B, P, C) */
     float *sums;                 /* (B, pieces, kinds, C), or NULL */
     float *moments;              /* (B, P, 2): mean and 1 / standard deviation of AdaLN, or NULL */
     float eps;
-    idx B, P, C, kinds, piece, pieces;
+    idx B, P, C, kinds, piece, pieces, alike;
     void (*body)(const struct job *, idx b, idx first, idx last, float *sums);
 } job_t;
 
@@ -46,7 +46,7 @@ static void run(job_t *j, const pool_t *pool, idx threads) {
 
 static void adaln_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
     const idx at = b * j->P + first, C = j->C;
-    adaln(last - first, C, j->in[0] + at * C, j->row[0] + b * 2 * C, j->eps, j->out[0] + at * C,
+    adaln(last - first, C, j->in[0] + at * C, j->row[0] + (j->alike ? 0 : b * 2 * C), j->eps, j->out[0] + at * C,
           j->moments ? j->moments + at * 2 : NULL, sums);
 }
 
@@ -58,9 +58,10 @@ static void adaln_grad_piece(const job_t *j, idx b, idx first, idx last, float *
                j->out[0] + at * C, sums);
 }
 
-void adaln_forward(const float *x, const float *modulation, float *y, float *moments, float *sums, float eps, TAIL) {
+void adaln_forward(const float *x, const float *modulation, float *y, float *moments, float *sums, float eps, idx alike,
+                   TAIL) {
     job_t j = {.in = {x}, .row = {modulation}, .out = {y}, .moments = moments, .sums = sums, .kinds = 1, .eps = eps,
-               .body = adaln_piece, SHAPE};
+               .alike = alike, .body = adaln_piece, SHAPE};
     run(&j, pool, threads);
 }
 
@@ -100,7 +101,7 @@ void gate_backward(const float *grad, const float *f, const float *g, const floa
 
 static void relax(const job_t *j, idx b, idx first, idx last, float *sums) {
     UNPACK
-    const float *alpha = j->row[0] + b * C;
+    const float *alpha = j->row[0] + (j->alike ? 0 : b * C);
     for (idx at = from; at < to; at += C) {
         const float *x = j->in[0] + at, *kept = j->in[1] + at, *mixed = j->in[2] + at;
         CHANNELS(
@@ -122,8 +123,8 @@ static void relax_grad(const job_t *j, idx b, idx first, idx last, float *sums) 
     }
 }
 
-void relax_forward(const float *x, const float *kept, const float *mixed, const float *alpha, float *out, TAIL) {
-    job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .body = relax, SHAPE};
+void relax_forward(const float *x, const float *kept, const float *mixed, const float *alpha, float *out, idx alike, TAIL) {
+    job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .alike = alike, .body = relax, SHAPE};
     run(&j, pool, threads);
 }
 

@@ -35,7 +35,7 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
     `modulation` is the scales and, beside them, the shifts. Where x goes on beside its norm, use the one returned: the
     two gradients are then added in the norm's own pass.
     """
-    modulation_B2C = native.each_image(modulation_B2C, len(x_BCHW))
+    (modulation_B2C,) = native.rows_of(len(x_BCHW), modulation_B2C)
     if _fast([x_BCHW], modulation_B2C, width=2):
         return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, False)
 
@@ -51,7 +51,7 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
 
 def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln`'s two, and the mean of the first over positions, (B, C)."""
-    modulation_B2C = native.each_image(modulation_B2C, len(x_BCHW))
+    (modulation_B2C,) = native.rows_of(len(x_BCHW), modulation_B2C)
     if _fast([x_BCHW], modulation_B2C, width=2):
         return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, True)
     y, x_BCHW = adaln(x_BCHW, modulation_B2C, eps)
@@ -60,7 +60,7 @@ def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tup
 
 def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
     """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
-    a_BC, b_BC = native.each_image(a_BC, len(f_BCHW)), native.each_image(b_BC, len(f_BCHW))
+    a_BC, b_BC = (row.expand(len(f_BCHW), -1).contiguous() for row in (a_BC, b_BC))
     if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
         return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
 
@@ -72,7 +72,7 @@ def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_B
 
 def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) -> Tensor:
     """X + alpha n + (1 - alpha) y: a relaxation law's blend on the residual, (B, C, H, W). Alpha may be (B, 1)."""
-    alpha_BC = native.each_image(alpha_BC.expand(-1, x_BCHW.shape[1]), len(x_BCHW))
+    (alpha_BC,) = native.rows_of(len(x_BCHW), alpha_BC.expand(-1, x_BCHW.shape[1]))
     if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
         return (_Relax.apply if torch.is_grad_enabled() else _relax)(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
 
@@ -112,7 +112,7 @@ def _fast(images: Sequence[Tensor], *rows: Tensor, width: int = 1) -> bool:
         if image.shape != shape or not image.is_contiguous(memory_format=torch.channels_last):
             return False
     for row in rows:
-        if row.shape != (shape[0], width * shape[1]):
+        if len(row) not in (1, shape[0]) or row.shape[1:] != (width * shape[1],):
             return False
     return _library() is not None
 
@@ -128,6 +128,7 @@ def _lean(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     low = low_precision(tensors[0])
     if low is None:
         return function(*tensors)
+    tensors = tuple(t.expand(len(tensors[0]), *t.shape[1:]) for t in tensors)  # one row may serve all
     with full_precision(tensors[0]):
         return _Lean.apply(function, low, *tensors)
 
@@ -178,8 +179,11 @@ def _library() -> ctypes.CDLL | None:
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
         function = getattr(library, name)
-        eps = [ctypes.c_float] * (name == "adaln_forward")
-        function.argtypes, function.restype = [pointer] * count + eps + [index] * 4 + [pointer, index], None
+        eps, alike = (
+            [ctypes.c_float] * (name == "adaln_forward"),
+            [index] * (name in ("adaln_forward", "relax_forward")),
+        )
+        function.argtypes, function.restype = [pointer] * count + eps + alike + [index] * 4 + [pointer, index], None
     return library
 
 
@@ -209,7 +213,7 @@ def _dense(g: Tensor) -> Tensor:
 
 def _adaln(x: Tensor, modulation: Tensor, eps: float, mean: bool, moments: Tensor | None = None) -> Any:
     y, sums = _like(x), _sums(x, 1) if mean else None
-    _call("adaln_forward", x, [x, modulation, y, moments, sums], eps)
+    _call("adaln_forward", x, [x, modulation, y, moments, sums], eps, len(modulation) == 1)
     return (y, x) if sums is None else (y, x, sums[:, 0, 0] / x[0, 0].numel())
 
 
@@ -256,7 +260,7 @@ class _Gate(torch.autograd.Function):
 
 def _relax(x: Tensor, kept: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
     out = _like(x)
-    _call("relax_forward", x, [x, kept, mixed, alpha, out])
+    _call("relax_forward", x, [x, kept, mixed, alpha, out], len(alpha) == 1)
     return out
 
 

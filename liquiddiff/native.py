@@ -96,9 +96,11 @@ def pool() -> ctypes.Array[ctypes.c_void_p] | None:
         return None
 
 
-def each_image(row: Tensor, B: int) -> Tensor:
-    """One row for each of B images, (B, C), dense: of so many, or of the one, (1, C), that all have."""
-    return row.contiguous() if len(row) == B else row.expand(B, -1).contiguous()
+def rows_of(B: int, *rows: Tensor) -> list[Tensor]:
+    """Rows of B images, (B, C), dense, given so or one for all; without gradients what all have as one stays one."""
+    if not torch.is_grad_enabled() and all(len(row) == 1 for row in rows):
+        return [row.contiguous() for row in rows]
+    return [(row if len(row) == B else row.expand(B, -1)).contiguous() for row in rows]
 
 
 _PLAIN = (Tensor, nn.Parameter)

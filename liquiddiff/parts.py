@@ -36,8 +36,8 @@ def cell(
     weights, M = [tensor for layer in layers for tensor in layer], len(layers[0][0])
     if not ready(x_BCHW, M) or not _dense(weights):
         return None
-    a_BC, b_BC = native.each_image(a_BC, B), native.each_image(b_BC, B)
-    if not (native.eager(a_BC, b_BC) and a_BC.shape == b_BC.shape == (B, C)):
+    a_BC, b_BC = native.rows_of(B, a_BC, b_BC)
+    if not (native.eager(a_BC, b_BC) and a_BC.shape[1] == b_BC.shape[1] == C):
         return None
     if not all(Inner.fits(kernel, channels) for kernel, channels in zip(kernels, (C, M, M), strict=True)):
         return None
@@ -63,8 +63,8 @@ def tail(
     weights = [*(pool or ()), *out, *expand, *contract]
     if not ready(x_BCHW, len(expand[0])) or not _dense(weights):
         return None
-    norm_B2C, feed_B2C = native.each_image(norm_B2C, B), native.each_image(feed_B2C, B)
-    if not (native.eager(norm_B2C, feed_B2C) and norm_B2C.shape == feed_B2C.shape == (B, 2 * C)):
+    norm_B2C, feed_B2C = native.rows_of(B, norm_B2C, feed_B2C)
+    if not (native.eager(norm_B2C, feed_B2C) and norm_B2C.shape[1] == feed_B2C.shape[1] == 2 * C):
         return None
     if len(scales) > MAX_SCALES or not all(Inner.fits(scale, C) and scale[1] is not None for scale in scales):
         return None
@@ -104,15 +104,16 @@ def _library() -> ctypes.CDLL | None:
     library = native.load("parts", also=("fused", "pointwise", "chains"))
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
-        eps = [ctypes.c_float] * name.startswith("tail")
-        getattr(library, name).argtypes = [pointer] * count + eps + [index] * 5 + [pointer, index]
+        options = [ctypes.c_float] * name.startswith("tail") + [index] * name.endswith("_forward")
+        getattr(library, name).argtypes = [pointer] * count + options + [index] * 5 + [pointer, index]
     return library
 
 
-def _call(name: str, x: Tensor, M: int, tensors: Sequence[Tensor | None], structures: Sequence[int]) -> None:
+def _call(
+    name: str, x: Tensor, M: int, tensors: Sequence[Tensor | None], structures: Sequence[int], *options: float
+) -> None:
     B, C, H, W = x.shape
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    options = [EPS] if name.startswith("tail") else []
     rest = B, H * W, C, M, PIECE, native.pool(), torch.get_num_threads()
     if getattr(_library(), name)(*pointers, *structures, *options, *rest):
         raise MemoryError("a part of a block: out of memory")
@@ -153,7 +154,7 @@ def _cell(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | N
     z, y = _images(x, M, C)
     kept: list[Any] = _images(x, M, C, C, C, C) if keep else [None] * 5
     inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
-    _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], [conv.address for conv in inner])
+    _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], [conv.address for conv in inner], len(tensors[8]) == 1)
     return y, [z, *kept]
 
 
@@ -196,7 +197,9 @@ def _tail(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | N
     kernel, shift = x.new_empty(C, 1, scales.size, scales.size), x.new_empty(C)
     made = [n, sums, mean, row, mixed, y, moments, c, feed_moments, z]
     inner = Inner((kernel, shift), H, W)
-    _call("tail_forward", x, M, [x, *layers, *made], [inner.address, ctypes.addressof(scales)])
+    _call(
+        "tail_forward", x, M, [x, *layers, *made], [inner.address, ctypes.addressof(scales)], EPS, len(layers[0]) == 1
+    )
     return y, [n, mean, row, mixed, moments, c, feed_moments, z, kernel]
 
 
@@ -221,5 +224,5 @@ class _Tail(torch.autograd.Function):
         room += [x.new_empty(B, C), x.new_empty(B, C)]
         made = [*room, dx, sums, *of_layers, torch.empty_like(kernel), x.new_empty(C)]
         inner, scales = Inner((kernel, None), H, W), _Scales(of_scales)
-        _call("tail_backward", x, len(w1), [*given, *made], [inner.address, ctypes.addressof(scales)])
+        _call("tail_backward", x, len(w1), [*given, *made], [inner.address, ctypes.addressof(scales)], EPS)
         return dx, sums[:, 0].flatten(1), *of_layers, *of_scales
