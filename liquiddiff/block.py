@@ -118,7 +118,7 @@ class LiquidDiffusionBlock(nn.Module):
         spatial, feed = self.spatial, self.feed_forward
         if spatial is None:
             return feed(x_BCHW, temb_BD)
-        if not spatial.concat and parts.ready(x_BCHW):
+        if not spatial.concat and parts.ready(x_BCHW, len(feed.expand.weight)):
             pool = None if spatial.pool is None else (spatial.pool.weight, spatial.pool.bias)
             mix = spatial.norm.rows(temb_BD), spatial.kernels(), pool, spatial.out.layer()
             done = parts.tail(x_BCHW, *mix, feed.norm.rows(temb_BD), feed.expand.layer(), feed.contract.layer())

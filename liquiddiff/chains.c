@@ -2,7 +2,7 @@
  * what lies between two products stays in the nearest caches. Weights are (O, K). Tiles, and the chunks of them that share
  * sums, are cut by the shape alone: the same bits at any number of threads. */
 #include "elements.h"
-#include "product.h"
+#include "entries.h"
 
 /* --- a product with its gradients -----------------------------------------------------------------------------*/
 
@@ -170,17 +170,18 @@ static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) 
 
 /* --- entries --------------------------------------------------------------------------------------------------*/
 
-#define SHAPE idx B, idx P, idx C, idx M, const pool_t *pool, idx threads
+#define SHAPE idx B, idx P, idx C, idx M, RUN
 #define JOB .cut = cut(B, P), .C = C, .M = M
 
 int chain_least(void) { return PANEL; } /* C and M */
 
-/* alike: rows of images, as of `modulation`, are one, of all. modulation: scales and shifts, (B, 2 C). moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No
- * dimension is 0. Returns 0, or 1 when out of memory; so do all below. */
+/* modulation: scales and shifts, (B, 2 C); where `alike`, here and below, a row is one of all images. moments (B, P, 2) and
+ * z (B, P, M) are for the backward pass, or NULL both. No dimension is 0. Returns 0, or 1 when out of memory; so do all
+ * below. */
 int feed_forward_forward(const float *x, const float *modulation, const float *w1, const float *b1, const float *w2,
                          const float *b2, float *y, float *moments, float *z, float eps, idx alike, SHAPE) {
-    job_t j = {JOB, .alike = alike, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps, .layers = 2,
-               .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
+    job_t j = {JOB, .alike = alike, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps,
+               .layers = 2, .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
                .each = TILE * (C + M), .body = feed_forward};
     return run(&j, NULL, pool, threads);
 }

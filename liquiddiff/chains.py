@@ -10,7 +10,7 @@ Legend: B batch, C channels, H W space, M hidden width.
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract
     """X + contract(SiLU(expand(AdaLN(x)))), (B, C, H, W); `modulation` as fused.adaln has it."""
     weights, (B, C) = (*expand, *contract), x_BCHW.shape[:2]
     (modulation_B2C,) = native.rows_of(B, modulation_B2C)
-    if not _fast(x_BCHW, C, len(expand[0]), weights, modulation_B2C) or modulation_B2C.shape[1] != 2 * C:
+    if not _fast(x_BCHW, C, len(expand[0]), (expand, contract), modulation_B2C) or modulation_B2C.shape[1] != 2 * C:
         return None
     if torch.is_grad_enabled():
         return _FeedForward.apply(x_BCHW, modulation_B2C, *weights)
@@ -41,7 +41,7 @@ def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Te
     """Two layers, contract((1 + scale) * SiLU(expand(c))), (B, C, H, W); c is x, or that convolved by a kernel."""
     weights, (B, C), M = (*expand, *contract), x_BCHW.shape[:2], len(expand[0])
     (scale_BM,) = native.rows_of(B, scale_BM)
-    if not _fast(x_BCHW, C, M, weights, scale_BM) or scale_BM.shape[1] != M:
+    if not _fast(x_BCHW, C, M, (expand, contract), scale_BM) or scale_BM.shape[1] != M:
         return None
     if kernel is not None and not Inner.takes(x_BCHW, kernel):
         return None
@@ -53,15 +53,24 @@ def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Te
     return y
 
 
-def _fast(image: Tensor, C: int, M: int, weights: Sequence[Tensor], *rows: Tensor) -> bool:
+def _fast(image: Tensor, C: int, M: int, layers: Sequence[Layer], row: Tensor) -> bool:
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
-    if is_literal() or not native.eager(image, *weights, *rows) or image.numel() == 0:
+    if is_literal() or not native.eager(image, row) or image.numel() == 0:
         return False
-    dense = image.is_contiguous(memory_format=torch.channels_last)
-    if not dense or not all(t.is_contiguous() for t in (*weights, *rows)):
+    if not image.is_contiguous(memory_format=torch.channels_last) or not usual(layers, [(M, C), (C, M)]):
         return False
     library = _library()
     return library is not None and min(C, M) >= library.chain_least()
+
+
+def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether these are dense float32 layers of such shapes (outputs, inputs)."""
+    for (weight, bias), shape in zip(layers, shapes, strict=True):
+        if not native.eager(weight, bias) or weight.shape != shape or bias.shape != shape[:1]:
+            return False
+        if not (weight.is_contiguous() and bias.is_contiguous()):
+            return False
+    return True
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------
@@ -75,7 +84,7 @@ EPS = 1e-5  # of the norm
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.load("chains")
+    library = native.load("network")
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
         options = [ctypes.c_float] * name.startswith("feed_forward") + [index] * name.endswith("_forward")
@@ -91,7 +100,7 @@ def _call(
     pointers += [None if conv is None else conv.address for conv in inner]
     options: list[float] = [EPS] if name.startswith("feed_forward") else []
     if name.endswith("_forward"):
-        options.append(tensors[1] is not None and len(tensors[1]) == 1)  # one row of all images
+        options.append(len(cast(Tensor, tensors[1])) == 1)  # alike
     if getattr(_library(), name)(*pointers, *options, B, H * W, C, M, native.pool(), torch.get_num_threads()):
         raise MemoryError("a chain of 1x1 convolutions: out of memory")
 

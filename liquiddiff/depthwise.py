@@ -238,19 +238,18 @@ def _call(function: Any, tensors: Sequence[Tensor | None], shape: Sequence[int])
         raise MemoryError("depthwise convolution: out of memory")
 
 
-def gradients(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool], other: Tensor | None = None) -> Grads:
-    """Of the input (and `other`, channels-last, added to it), the weight and the bias, each where `need` has it."""
+def gradients(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> Grads:
+    """Of the input, the weight and the bias, each where `need` has it."""
     g = g.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     lib = _library(weight.shape[-1])
     if lib is None or lib.lanes > x.shape[1]:
-        dx, dw, db = _backward_torch(g, x, weight, need)
-        return dx if dx is None or other is None else dx + other, dw, db
+        return _backward_torch(g, x, weight, need)
     weight = weight.contiguous()
     dx = torch.empty_like(x, memory_format=torch.channels_last) if need[0] else None
     dw = torch.empty_like(weight) if need[1] else None
     db = weight.new_empty(weight.shape[0]) if need[2] else None
-    _call(lib.backward, (g, x, weight, other, dx, dw, db), x.shape)
+    _call(lib.backward, (g, x, weight, None, dx, dw, db), x.shape)
     return dx, dw, db
 
 

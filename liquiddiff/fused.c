@@ -2,8 +2,10 @@
  *
  * A tensor is (B, P, C): B images of P = H * W positions; a (B, C) argument is one row per image. Work is cut into
  * pieces of at most `piece` positions of one image. A sum over positions is kept per piece, (B, pieces, sums, C), and
- * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. Rows that are `alike` are one, of all. */
+ * the pieces are added in order: the same bits at any number of threads, and image i is the same in any batch. Where
+ * rows are `alike` there is one, of all images. */
 #include "elements.h"
+#include "entries.h"
 
 #define SMALL (16 * 1024) /* fewer elements than this are not worth a second thread */
 
@@ -36,7 +38,7 @@ static void run(job_t *j, const pool_t *pool, idx threads) {
             for (idx i = 0; i < size; i++) j->sums[b * j->pieces * size + i] += j->sums[(b * j->pieces + k) * size + i];
 }
 
-#define TAIL idx B, idx P, idx C, idx length, const pool_t *pool, idx threads
+#define TAIL idx B, idx P, idx C, idx length, RUN
 #define SHAPE .B = B, .P = P, .C = C, .piece = length
 #define UNPACK const idx C = j->C, from = (b * j->P + first) * C, to = (b * j->P + last) * C;
 
@@ -75,8 +77,8 @@ void adaln_backward(const float *g, const float *x, const float *other, const fl
 /* --- y = s g + (1 - s) h, s = sigmoid(a f - b) -----------------------------------------------------------------*/
 
 static void gate_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
-    const idx C = j->C, at = (b * j->P + first) * C;
-    gate(last - first, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->row[0] + b * C, j->row[1] + b * C, j->out[0] + at);
+    const idx C = j->C, at = (b * j->P + first) * C, row = j->alike ? 0 : b * C;
+    gate(last - first, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->row[0] + row, j->row[1] + row, j->out[0] + at);
 }
 
 static void gate_grad_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
@@ -85,8 +87,8 @@ static void gate_grad_piece(const job_t *j, idx b, idx first, idx last, float *s
               j->row[1] + b * C, j->out[0] + at, j->out[1] + at, j->out[2] + at, sums);
 }
 
-void gate_forward(const float *f, const float *g, const float *h, const float *a, const float *b, float *y, TAIL) {
-    job_t j = {.in = {f, g, h}, .row = {a, b}, .out = {y}, .body = gate_piece, SHAPE};
+void gate_forward(const float *f, const float *g, const float *h, const float *a, const float *b, float *y, idx alike, TAIL) {
+    job_t j = {.in = {f, g, h}, .row = {a, b}, .out = {y}, .alike = alike, .body = gate_piece, SHAPE};
     run(&j, pool, threads);
 }
 

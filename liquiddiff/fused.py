@@ -60,7 +60,7 @@ def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tup
 
 def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
     """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
-    a_BC, b_BC = (row.expand(len(f_BCHW), -1).contiguous() for row in (a_BC, b_BC))
+    a_BC, b_BC = native.rows_of(len(f_BCHW), a_BC, b_BC)
     if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
         return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
 
@@ -175,14 +175,12 @@ POINTERS = {  # of each function; then the shape, and what runs it
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.load("fused")
+    library = native.load("network")
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
         function = getattr(library, name)
-        eps, alike = (
-            [ctypes.c_float] * (name == "adaln_forward"),
-            [index] * (name in ("adaln_forward", "relax_forward")),
-        )
+        eps = [ctypes.c_float] * (name == "adaln_forward")
+        alike = [index] * name.endswith("_forward")
         function.argtypes, function.restype = [pointer] * count + eps + alike + [index] * 4 + [pointer, index], None
     return library
 
@@ -244,7 +242,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, g: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = _like(f)
-        _call("gate_forward", f, [f, g, h, a, b, y])
+        _call("gate_forward", f, [f, g, h, a, b, y], len(a) == 1)
         ctx.save_for_backward(f, g, h, a, b)
         return y
 

@@ -70,7 +70,7 @@ INLINE float total(vec v) {
 
 INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
 
-/* exp, by a relative error of at most 1.1e-7 (2 + |x|), where the result is a normal number: 2^z = 2^n 2^f, f in [-1/2, 1/2], the
+/* exp, by a relative error of at most 1.1e-7 (2 + |x|) where the result is a normal number: 2^z = 2^n 2^f, |f| <= 1/2, the
  * latter by a polynomial of least relative error. */
 INLINE vec exponential(vec x) {
 #ifdef __AVX512DQ__

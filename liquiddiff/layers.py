@@ -106,7 +106,7 @@ def upsampled(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor) -> Tensor:
     counted = any(not hasattr(mode, "alive") for mode in _get_current_dispatch_mode_stack())  # memory.Live has it
     if is_literal() or torch.compiler.is_compiling() or transformed() or counted:  # multiply-adds are of the literal
         return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight_OC33, bias_O, padding=1)
-    weight_O33C = weight_OC33.permute(0, 2, 3, 1)  # as it lies in memory, and as the convolution wants it
+    weight_O33C = weight_OC33.permute(0, 2, 3, 1)  # as the convolution wants it, and as a trainer's weights lie
     kernels = [k for rows in _pairs(weight_O33C, 1) for k in _pairs(rows, 2)]  # (O, 2, 2, C) each
     return _Interleave.apply(F.conv2d(x_BCHW, torch.cat(kernels).permute(0, 3, 1, 2), bias_O.repeat(4), padding=1))
 

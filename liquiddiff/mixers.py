@@ -87,7 +87,9 @@ class CfC(nn.Module):
 
     def _at_once(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor | None:
         """The published cell in one call, where that is to be had."""
-        if self.gate != "time" or len(self.g) == 1 or self.head_tanh or not parts.ready(x_BCHW):
+        if self.gate != "time" or len(self.g) == 1 or self.head_tanh:
+            return None
+        if not parts.ready(x_BCHW, len(self.backbone.weight)):
             return None
         cell, temb = cast(Any, self), F.silu(temb_BD)
         kernels = [cell.context.kernel(), cell.g[0].kernel(), cell.h[0].kernel()]

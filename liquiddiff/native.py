@@ -21,20 +21,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+FILES = {"network": ("fused", "pointwise", "chains", "parts")}  # of a library, where it is not the one of its name
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 
 
 _failed: list[str] = []  # what a compiler could not build
 
 
-def load(name: str, *defines: str, also: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """Compile `name`.c and `also` with `-D` for each of `defines`, unless that is kept, and load it; None if it fails.
+def load(name: str, *defines: str) -> ctypes.CDLL | None:
+    """Compile `name` with `-D` for each of `defines`, unless it is kept already, and load it; None where that fails.
 
     It fails where there is no compiler, home, room or right to execute. The caller keeps what it gets.
     """
     try:
-        return _build([name, *also], [*FLAGS, *(f"-D{define}" for define in defines)])
+        return _build(name, [*FLAGS, *(f"-D{define}" for define in defines)])
     except subprocess.CalledProcessError as error:
         if not _failed:  # the others will fail alike
             lines = error.stderr.decode(errors="replace").splitlines() or [f"exit status {error.returncode}"]
@@ -47,9 +49,9 @@ def load(name: str, *defines: str, also: Sequence[str] = ()) -> ctypes.CDLL | No
         return None
 
 
-def _build(names: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
-    folder, name = Path(__file__).parent, names[0]
-    sources = [folder / f"{each}.c" for each in names]
+def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
+    folder = Path(__file__).parent
+    sources = [folder / f"{file}.c" for file in FILES.get(name, (name,))]
     compiler = os.environ.get("CC", "")
     parts = [part.read_bytes() for part in (*sources, *sorted(folder.glob("*.h")))]
     key = hashlib.sha256(repr((parts, flags, compiler, _cpu())).encode()).hexdigest()[:20]
@@ -109,11 +111,14 @@ _PLAIN = (Tensor, nn.Parameter)
 def eager(*tensors: Tensor) -> bool:
     """Tell whether a kernel may take these: plain float32 CPU tensors, and nothing that looks through operators.
 
-    What does (autocast, torch.compile, fake tensors, FLOP counters, DTensor, functorch) has to see torch's own.
+    What does (autocast, torch.compile, fake tensors, FLOP counters, DTensor, functorch, forward-mode gradients) has to
+    see torch's own.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     for t in tensors:  # a generator would double the time
         if type(t) not in _PLAIN or t.dtype is not torch.float32 or not t.is_cpu:

@@ -1,40 +1,14 @@
 /* Parts of a block, each forward and backward in one call, by the kernels of fused.c, pointwise.c, depthwise.c and chains.c one
  * after the other: a CfC cell, and what follows a mixer. Images are row-major float32 (B, P, C). */
-#include "product.h"
+#include "entries.h"
 
-#define RUN const pool_t *pool, idx threads
 #define SHAPE idx B, idx P, idx C, idx M, idx piece, RUN
-
-/* fused.c, pointwise.c and chains.c, which are linked with this file */
-void adaln_forward(const float *x, const float *modulation, float *y, float *moments, float *sums, float eps, idx alike,
-                   idx B, idx P, idx C, idx length, RUN);
-void adaln_backward(const float *g, const float *x, const float *other, const float *modulation, const float *pooled,
-                    const float *moments, float *dx, float *sums, idx B, idx P, idx C, idx length, RUN);
-int pw_forward(const float *x, const float *row, const float *w, const float *bias, const float *more, float *y,
-               float *before, float *c, const depthwise_t *conv, idx B, idx P, idx K, idx O, int in, int out, RUN);
-int pw_backward(const float *g, const float *x, const float *row, const float *w, const float *before, float *dx, float *dw,
-                float *db, float *drow, idx B, idx P, idx K, idx O, int in, int out, RUN);
-int feed_forward_forward(const float *x, const float *modulation, const float *w1, const float *b1, const float *w2,
-                         const float *b2, float *y, float *moments, float *z, float eps, idx alike, idx B, idx P, idx C,
-                         idx M, RUN);
-int feed_forward_backward(const float *g, const float *x, const float *modulation, const float *w1, const float *w2,
-                          const float *moments, const float *z, float *dx, float *dmodulation, float *dw1, float *db1,
-                          float *dw2, float *db2, float eps, idx B, idx P, idx C, idx M, RUN);
-
-int heads_forward(const float *z, const float *a, const float *b, const float *wf, const float *bf, const float *wg,
-                  const float *bg, const float *wh, const float *bh, float *y, float *kf, float *kg, float *kh,
-                  const depthwise_t *u, const depthwise_t *v, idx alike, idx B, idx P, idx C, idx M, RUN);
-int heads_backward(const float *dy, const float *z, const float *a, const float *b, const float *wf, const float *wg,
-                   const float *wh, const float *f, const float *g, const float *h, float *dz, float *du, float *dv,
-                   float *dab, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh, float *dbh, const depthwise_t *u,
-                   const depthwise_t *v, idx B, idx P, idx C, idx M, RUN);
-
-int parts_least(void) { return PANEL; } /* C and M */
 
 /* --- a CfC cell: z = SiLU(W conv(x) + bias), y = heads(z) of chains.c -------------------------------------------*/
 
-/* a, b (B, C), or (C) where `alike`; z (B, P, M) is written as well. For the backward pass, or NULL all: before, what SiLU is of, (B, P, M), c =
- * conv(x) and kf, kg, kh, (B, P, C). No dimension is 0. Returns 0, or 1 when out of memory; so do all below. */
+/* a, b (B, C), or (C) where `alike`; z (B, P, M) is written as well. For the backward pass, or NULL all: before, what SiLU is
+ * of, (B, P, M), c = conv(x) and kf, kg, kh, (B, P, C). No dimension is 0. Returns 0, or 1 when out of memory; so do all
+ * below. */
 int cell_forward(const float *x, const float *w, const float *bias, const float *wf, const float *bf, const float *wg,
                  const float *bg, const float *wh, const float *bh, const float *a, const float *b, float *z, float *y,
                  float *before, float *c, float *kf, float *kg, float *kh, const depthwise_t *conv, const depthwise_t *u,
@@ -43,7 +17,8 @@ int cell_forward(const float *x, const float *w, const float *bias, const float 
            heads_forward(z, a, b, wf, bf, wg, bg, wh, bh, y, kf, kg, kh, u, v, alike, B, P, C, M, pool, threads);
 }
 
-/* dz, more, du, dv (B, P, M) and dc (B, P, C) are room. k and s: kernel and bias of a convolution. dab: of a and, beside it, b. */
+/* dz, more, du, dv (B, P, M) and dc (B, P, C) are room. k and s: kernel and bias of a convolution. dab: of a and, beside
+ * it, b. */
 int cell_backward(const float *dy, const float *x, const float *w, const float *wf, const float *wg, const float *wh,
                   const float *a, const float *b, const float *z, const float *before, const float *c, const float *f,
                   const float *g, const float *h, float *dz, float *more, float *du, float *dv, float *dc, float *dx, float *dw,
@@ -61,10 +36,12 @@ int cell_backward(const float *dy, const float *x, const float *w, const float *
 
 /* --- what follows a mixer ---------------------------------------------------------------------------------------*/
 
+#define MAX_SCALES 8
+
 typedef struct {
-    idx count, size;         /* of kernels; of the largest */
-    float *w[8], *bias[8];   /* (C, k, k) and (C) of each */
-    idx k[8];
+    idx count, size;                         /* of kernels; of the largest */
+    float *w[MAX_SCALES], *bias[MAX_SCALES]; /* (C, k, k) and (C) of each */
+    idx k[MAX_SCALES];
 } scales_t;
 
 /* Parallel convolutions as one: kernels padded with zeros to the largest, w (C, size, size), and added; biases (C) too. Or,
@@ -86,10 +63,10 @@ static void merge(const scales_t *s, idx C, float *w, float *bias, const int bac
 
 /* n = AdaLN(x), mixed = x + Wo SiLU(conv(n) + row) + bo, row = Wp mean(n) + bp, y = mixed + FeedForward(mixed).
  *
- * norm and feed: scales and shifts of both norms, (B, 2 C), or (2 C) where `alike`. wp and bp may be NULL: then there is no row. n, mixed (B, P, C),
- * sums (B, pieces, C), mean and row (B, C) are written as well. For the backward pass, or NULL all: moments and
- * feed_moments (B, P, 2), c = conv(n), and z, what SiLU is of in the feed-forward, (B, P, M). conv's weight and bias are
- * made here, of `scales`. */
+ * norm and feed: scales and shifts of both norms, (B, 2 C), or (2 C) where `alike`. wp and bp may be NULL: then there is no
+ * row. n, mixed (B, P, C), sums (B, pieces, C), mean and row (B, C) are written as well. For the backward pass, or NULL all:
+ * moments and feed_moments (B, P, 2), c = conv(n), and z, what SiLU is of in the feed-forward, (B, P, M). conv's weight and
+ * bias are made here, of `scales`. */
 int tail_forward(const float *x, const float *norm, const float *wp, const float *bp, const float *wo, const float *bo,
                  const float *feed, const float *w1, const float *b1, const float *w2, const float *b2, float *n, float *sums,
                  float *mean, float *row, float *mixed, float *y, float *moments, float *c, float *feed_moments, float *z,
@@ -104,8 +81,8 @@ int tail_forward(const float *x, const float *norm, const float *wp, const float
            feed_forward_forward(mixed, feed, w1, b1, w2, b2, y, feed_moments, z, eps, alike, B, P, C, M, pool, threads);
 }
 
-/* g: gradient of y. dmixed, dc, dn (B, P, C), dmean, drow (B, C), dkernel and dshift, of conv, are room. sums (B, pieces, 2, C):
- * the gradient of norm is in piece 0. scales: gradients. */
+/* g: gradient of y. dmixed, dc, dn (B, P, C), dmean, drow (B, C), dkernel and dshift, of conv, are room. sums (B, pieces, 2,
+ * C): the gradient of norm is in piece 0. scales: gradients. */
 int tail_backward(const float *g, const float *x, const float *norm, const float *wp, const float *wo, const float *feed,
                   const float *w1, const float *w2, const float *n, const float *mean, const float *row, const float *mixed,
                   const float *moments, const float *c, const float *feed_moments, const float *z, float *dmixed, float *dc,

@@ -2,7 +2,8 @@
 
 `parts.c` calls the kernels that layers would call one by one (fused.c, pointwise.c, depthwise.c, chains.c). What is
 saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. Each function
-here gives None where that is not to be had, as those of `chains` do.
+here gives None where that is not to be had, as those of `chains` do. Modules whose weights are given are not called:
+their forward hooks see nothing.
 
 Legend: B batch, C channels, H W space, M hidden width.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
-from liquiddiff.chains import EPS, Layer
+from liquiddiff.chains import EPS, Layer, usual
 from liquiddiff.depthwise import Inner, Kernel, is_literal
 from liquiddiff.fused import PIECE
 
@@ -32,16 +33,20 @@ def cell(
     """S g + (1 - s) h, s = sigmoid(a f - b), (B, C, H, W), of a CfC cell with z = SiLU(backbone(conv(x))), f = head(z),
     g = head(SiLU(u)), h = head(SiLU(v)), where u and v are z convolved. Kernels: conv, u, v; layers: backbone, f, g, h.
     """
-    B, C = x_BCHW.shape[:2]
-    weights, M = [tensor for layer in layers for tensor in layer], len(layers[0][0])
-    if not ready(x_BCHW, M) or not _dense(weights):
+    (B, C), M = x_BCHW.shape[:2], len(layers[0][0])
+    if not usual(layers, [(M, C), (C, M), (C, M), (C, M)]):
         return None
     a_BC, b_BC = native.rows_of(B, a_BC, b_BC)
     if not (native.eager(a_BC, b_BC) and a_BC.shape[1] == b_BC.shape[1] == C):
         return None
     if not all(Inner.fits(kernel, channels) for kernel, channels in zip(kernels, (C, M, M), strict=True)):
         return None
-    args = *weights, a_BC, b_BC, *(tensor for kernel in kernels for tensor in kernel)
+    args = (
+        *(tensor for layer in layers for tensor in layer),
+        a_BC,
+        b_BC,
+        *(tensor for kernel in kernels for tensor in kernel),
+    )
     return _Cell.apply(x_BCHW, *args) if torch.is_grad_enabled() else _cell(False, x_BCHW, *args)[0]
 
 
@@ -59,9 +64,8 @@ def tail(
 
     c is the sum of n's convolutions by `scales`; `norm` and `feed` are the modulations of the norms, as in fused.adaln.
     """
-    B, C = x_BCHW.shape[:2]
-    weights = [*(pool or ()), *out, *expand, *contract]
-    if not ready(x_BCHW, len(expand[0])) or not _dense(weights):
+    (B, C), M = x_BCHW.shape[:2], len(expand[0])
+    if not usual([*([pool] if pool else []), out, expand, contract], [*[(C, C)] * (1 + bool(pool)), (M, C), (C, M)]):
         return None
     norm_B2C, feed_B2C = native.rows_of(B, norm_B2C, feed_B2C)
     if not (native.eager(norm_B2C, feed_B2C) and norm_B2C.shape[1] == feed_B2C.shape[1] == 2 * C):
@@ -80,18 +84,14 @@ def tail(
     return _Tail.apply(x_BCHW, *args) if torch.is_grad_enabled() else _tail(False, x_BCHW, *args)[0]
 
 
-def ready(x_BCHW: Tensor, M: int | None = None) -> bool:
-    """Tell whether such an image can be taken, with a hidden width of M; if not, no arguments need be made."""
+def ready(x_BCHW: Tensor, M: int) -> bool:
+    """Tell whether such an image can be taken, with a hidden width of M: asked before the arguments are made."""
     if is_literal() or not native.eager(x_BCHW) or not x_BCHW.numel():
         return False
     if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         return False
     library = _library()
-    return library is not None and min(x_BCHW.shape[1], M or x_BCHW.shape[1]) >= library.parts_least()
-
-
-def _dense(weights: Sequence[Tensor]) -> bool:
-    return native.eager(*weights) and all(weight.is_contiguous() for weight in weights)
+    return library is not None and min(x_BCHW.shape[1], M) >= library.chain_least()
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ POINTERS = {"cell_forward": 21, "cell_backward": 38, "tail_forward": 23, "tail_b
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.load("parts", also=("fused", "pointwise", "chains"))
+    library = native.load("network")
     pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
     for name, count in POINTERS.items() if library else ():
         options = [ctypes.c_float] * name.startswith("tail") + [index] * name.endswith("_forward")

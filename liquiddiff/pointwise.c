@@ -4,7 +4,7 @@
  *
  * A tile of positions at a time: c, SiLU, its slope and the product's own gradient stay in the nearest caches. Tiles,
  * and the chunks of them that share sums, are cut by the shape alone: the same bits at any number of threads. */
-#include "product.h"
+#include "entries.h"
 
 typedef struct {
     const float *x, *row, *w, *bias, *more, *before, *g; /* w: packed */

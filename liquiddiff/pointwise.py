@@ -73,7 +73,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, ro
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.load("pointwise")
+    library = native.load("network")
     if library is not None:
         pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
         rest: list[Any] = [index] * 4 + [ctypes.c_int] * 2 + [pointer, index]

@@ -132,14 +132,18 @@ class LiquidDiffusionUNet(
         H, W = x_BCHW.shape[2:]
         if H % self.stride or W % self.stride:
             raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
-        if t_B.dim() == 1 and t_B.stride(0) == 0 and not is_literal():  # one noise level, expanded: as sampling has it
-            t_B = t_B[:1]  # so what comes of it alone is computed once, for all images
+        if t_B.dim() == 1 and t_B.stride(0) == 0 and not (torch.is_grad_enabled() or transformed()):
+            t_B = t_B[:1]  # a sampling's one noise level: what comes of it alone is computed once, for all images
         temb = self.time(t_B)
         if not (is_literal() or transformed()):
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         lean = self.checkpointing or (H * W >= LARGE and low_precision(x_BCHW) is not None)
         step = again if lean and torch.is_grad_enabled() else plainly
         x = step(self.stem, x_BCHW)
+        if not (
+            is_literal() or transformed()
+        ):  # what has one channel is in both layouts, and torch takes it for the other
+            x = x.contiguous(memory_format=torch.channels_last)
         skips = []
         for i, level in enumerate(self.encoder):
             x = self._run(level.children(), step, x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)

@@ -216,6 +216,8 @@ def test_one_row_may_serve_all_images(chain):
     got = results(module, x, temb[:1], g)
     want[2] = want[2].sum(0, keepdim=True)
     assert_close(got, want, 1e-6)
+    with torch.no_grad():  # the kernels read the one row; where there are gradients it is repeated before them
+        assert_close([module(x, temb[:1])], want[:1], 1e-6)
 
 
 @needs_compiler
@@ -224,6 +226,17 @@ def test_a_tail_in_one_call_is_its_layers_to_the_bit(monkeypatch):
     got = results(*call)
     monkeypatch.setattr(impl[1], "_library", lambda: None)
     assert_equal(results(*call), got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["backbone", "f", "h.2", "spatial.out", "spatial.pool", "feed_forward.contract"])
+def test_a_layer_of_another_size_raises(name):
+    chain = "cfc" if name in ("backbone", "f", "h.2") else "tail"
+    module, x, temb, _ = make(chain, 2, 64, 48, 4, 4)
+    layer = module.get_submodule(f"{'cell' if chain == 'cfc' else 'block'}.{name}")
+    layer.weight = nn.Parameter(layer.weight[:-8])
+    with pytest.raises(RuntimeError):
+        module(x, temb)
 
 
 @needs_compiler

@@ -115,6 +115,19 @@ def test_the_literal_compositions_are_the_formulas():
     assert_close([silu(x, shift)], [F.silu(x + image(shift))], 1e-12)
 
 
+@each_op
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_row_may_serve_all_images(op, shape):
+    function, args, _ = make(op, *shape)
+    one = [t[:1] if t.dim() == 2 else t for t in args]
+    every = [t[:1].repeat(shape[0], 1) if t.dim() == 2 else t for t in args]
+    with torch.no_grad():
+        got, want = function(*one), function(*every)
+    assert_equal(*((out if isinstance(out, tuple) else (out,)) for out in (got, want)))
+    with torch.autocast("cpu", torch.bfloat16):  # there, few images at a time
+        assert_equal(*([out[0]] if isinstance(out, tuple) else [out] for out in (function(*one), function(*every))))
+
+
 @needs_compiler
 def test_the_sigmoid_over_its_whole_range():
     x = torch.cat([torch.linspace(-100, 100, 60_000), torch.linspace(-1, 1, 4_000)]).reshape(1, 8, 80, 100)

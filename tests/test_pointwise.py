@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from liquiddiff.depthwise import depthwise, gradients, literal
+from liquiddiff.depthwise import depthwise, literal
 from liquiddiff.layers import Pointwise, upsampled
 from liquiddiff.pointwise import pointwise
 
@@ -134,17 +134,6 @@ def test_a_tile_of_a_depthwise_convolution_is_the_whole_ones_to_the_bit(shape, k
     x = torch.randn(*shape, generator=rng).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(shape[1], 1, k, k, generator=rng), torch.randn(shape[1], generator=rng)
     assert torch.equal(pointwise(x, torch.eye(shape[1]), None, of=kernel), depthwise(x, *kernel))
-
-
-@pytest.mark.parametrize("shape", [(3, 40, 9, 5), (2, 3, 4, 4)], ids=str)  # the second is torch's
-def test_what_is_added_to_the_gradient_of_a_depthwise_convolution(shape):
-    rng = torch.Generator().manual_seed(0)
-    g, x, other = (torch.randn(*shape, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(3))
-    weight = torch.randn(shape[1], 1, 3, 3, generator=rng)
-    alone, both = (gradients(g, x, weight, (True, True, True), more) for more in (None, other))
-    assert_close(both[:1], [(alone[0] + other).double()])
-    assert_equal(both[1:], alone[1:])
-    assert gradients(g, x, weight, (False, True, True), other)[0] is None
 
 
 @each_kind

@@ -171,6 +171,26 @@ def test_one_t_may_serve_all_images(checkpointing, monkeypatch):
         torch.testing.assert_close(net(x, one), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_image_s_t_has_its_gradient_though_they_are_one():
+    net, x, t = awake(net_of()), torch.randn(3, 1, 8, 8), torch.rand(1)
+    found = []
+    for every in (t.expand(3), t.repeat(3)):
+        every.requires_grad_()
+        found.append(torch.autograd.grad(net(x, every).square().sum(), every)[0])
+    torch.testing.assert_close(*found)
+    assert found[0].abs().min() > 0
+
+
+@torch.no_grad()
+def test_images_of_one_channel_reach_the_blocks_channels_last():
+    net, layouts = net_of(), []  # weights as a fresh network has them
+    see = lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))  # noqa: E731
+    for block in (net.encoder[0][0], net.encoder[1][0], net.decoder[0][0]):
+        block.register_forward_pre_hook(see)
+    net(torch.randn(3, 1, 8, 8), torch.rand(3))
+    assert layouts == [True] * 3
+
+
 @torch.no_grad()
 def test_a_sampling_embeds_its_one_noise_level_once():
     net, seen = awake(net_of()), []
