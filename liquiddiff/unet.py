@@ -140,10 +140,8 @@ class LiquidDiffusionUNet(
         lean = self.checkpointing or (H * W >= LARGE and low_precision(x_BCHW) is not None)
         step = again if lean and torch.is_grad_enabled() else plainly
         x = step(self.stem, x_BCHW)
-        if not (
-            is_literal() or transformed()
-        ):  # what has one channel is in both layouts, and torch takes it for the other
-            x = x.contiguous(memory_format=torch.channels_last)
+        if not (is_literal() or transformed()):
+            x = x.contiguous(memory_format=torch.channels_last)  # not yet, where one channel has let torch choose
         skips = []
         for i, level in enumerate(self.encoder):
             x = self._run(level.children(), step, x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)
