@@ -109,9 +109,10 @@ def _inner(x_BCHW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inner 
     return None if weight is None else Inner((weight, bias), *x_BCHW.shape[2:])
 
 
-def _image(like: Tensor, channels: int) -> Tensor:
+def images(like: Tensor, *channels: int) -> list[Tensor]:
+    """Room for images of so many channels each, (B, C, H, W), channels-last."""
     B, _, H, W = like.shape
-    return like.new_empty(B, H, W, channels).permute(0, 3, 1, 2)
+    return [like.new_empty(B, H, W, C).permute(0, 3, 1, 2) for C in channels]
 
 
 def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -150,7 +151,7 @@ class _Separable(torch.autograd.Function):
         kernel: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        y, z, c = torch.empty_like(x), _image(x, len(w1)), None if kernel is None else torch.empty_like(x)
+        (y, z), c = images(x, x.shape[1], len(w1)), None if kernel is None else torch.empty_like(x)
         _call("separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c], [_inner(x, kernel, shift)])
         ctx.save_for_backward(x, c, scale, w1, b1, w2, b2, z, kernel)
         return y

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
-from liquiddiff.chains import EPS, Layer, usual
+from liquiddiff.chains import EPS, Layer, images, usual
 from liquiddiff.depthwise import Inner, Kernel, is_literal
-from liquiddiff.fused import PIECE
+from liquiddiff.fused import PIECE, sums_of
 
 __all__ = ["cell", "ready", "tail"]
 
@@ -140,19 +140,14 @@ def _empty(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
-def _images(x: Tensor, *channels: int) -> list[Tensor]:
-    B, _, H, W = x.shape
-    return [x.new_empty(B, H, W, C).permute(0, 3, 1, 2) for C in channels]
-
-
 # --- a CfC cell ------------------------------------------------------------------------------------------------------
 
 
 def _cell(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | None]]:
     """The result, and what the backward pass needs of what was made on the way, where that is kept."""
     C, M = x.shape[1], len(tensors[0])
-    z, y = _images(x, M, C)
-    kept: list[Any] = _images(x, M, C, C, C, C) if keep else [None] * 5
+    z, y = images(x, M, C)
+    kept: list[Any] = images(x, M, C, C, C, C) if keep else [None] * 5
     inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
     _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], [conv.address for conv in inner], len(tensors[8]) == 1)
     return y, [z, *kept]
@@ -171,7 +166,7 @@ class _Cell(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         tensors, kept = tensors[:16], tensors[16:]
         C, M = x.shape[1], len(tensors[0])
-        *room, dx = _images(x, M, M, M, M, C, C)
+        *room, dx = images(x, M, M, M, M, C, C)
         of_layers, of_kernels, dab = _empty(tensors[:8]), _empty(tensors[10:]), x.new_empty(len(x), 2 * C)
         inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
         given = [g.contiguous(memory_format=torch.channels_last), x, *tensors[:8:2], *tensors[8:10], *kept]
@@ -187,13 +182,13 @@ def _tail(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | N
     """The result, and what the backward pass needs of what was made on the way, where that is kept."""
     (B, C, H, W), layers, scales = x.shape, tensors[:10], _Scales(tensors[10:])
     M = len(layers[6])
-    n, mixed, y = _images(x, C, C, C)
+    n, mixed, y = images(x, C, C, C)
     sums = mean = row = None
     if layers[1] is not None:
-        sums, mean, row = x.new_empty(B, -(-H * W // PIECE), C), x.new_empty(B, C), x.new_empty(B, C)
+        sums, mean, row = sums_of(x, 1), x.new_empty(B, C), x.new_empty(B, C)
     moments = c = feed_moments = z = None
     if keep:
-        moments, feed_moments, (c, z) = x.new_empty(B, H, W, 2), x.new_empty(B, H, W, 2), _images(x, C, M)
+        moments, feed_moments, (c, z) = x.new_empty(B, H, W, 2), x.new_empty(B, H, W, 2), images(x, C, M)
     kernel, shift = x.new_empty(C, 1, scales.size, scales.size), x.new_empty(C)
     made = [n, sums, mean, row, mixed, y, moments, c, feed_moments, z]
     inner = Inner((kernel, shift), H, W)
@@ -217,9 +212,8 @@ class _Tail(torch.autograd.Function):
         tensors, kept, kernel = tensors[:-9], tensors[-9:-1], tensors[-1]
         B, C, H, W = x.shape
         norm, wp, _, wo, _, feed, w1, _, w2, _ = tensors[:10]
-        *room, dx = _images(x, C, C, C, C)
-        sums = x.new_empty(B, -(-H * W // PIECE), 2, C)
-        of_layers, of_scales = _empty(tensors[1:10]), _empty(tensors[10:])
+        *room, dx = images(x, C, C, C, C)
+        sums, of_layers, of_scales = sums_of(x, 2), _empty(tensors[1:10]), _empty(tensors[10:])
         given = [g.contiguous(memory_format=torch.channels_last), x, norm, wp, wo, feed, w1, w2, *kept]
         room += [x.new_empty(B, C), x.new_empty(B, C)]
         made = [*room, dx, sums, *of_layers, torch.empty_like(kernel), x.new_empty(C)]
