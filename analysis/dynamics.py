@@ -79,7 +79,7 @@ def gate_values(gate: "Tensor") -> Row:
 
 def observed(block: Any, x_BCHW: "Tensor", temb_BD: "Tensor", t_B: "Tensor") -> Row:
     """Gate and alpha of a block on its input."""
-    gate = gate_of(block.mixer, block.norm(x_BCHW, temb_BD)[0], temb_BD, t_B)
+    gate = gate_of(block.mixer, block.norm(x_BCHW, block.norm.rows(temb_BD))[0], temb_BD, t_B)
     row = {} if gate is None else gate_values(gate)
     if alpha := getattr(block.relaxation, "alpha", None):
         kept = alpha(t_B, temb_BD)

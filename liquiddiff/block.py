@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquiddiff import chains, fused, parts
@@ -26,15 +25,15 @@ class AdaLN(nn.Module):
 
     def rows(self, temb_BD: Tensor) -> Tensor:
         """Scales and, beside them, shifts, (B, 2 C)."""
-        return self.modulation(F.silu(temb_BD))
+        return parts.rows(temb_BD, self.modulation)[0]
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BCHW: Tensor, rows_B2C: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; and x itself, of which the rest of the block goes on (see fused.adaln)."""
-        return fused.adaln(x_BCHW, self.rows(temb_BD))
+        return fused.adaln(x_BCHW, rows_B2C)
 
-    def with_mean(self, x_BCHW: Tensor, temb_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def with_mean(self, x_BCHW: Tensor, rows_B2C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the mean of the first over positions, (B, C)."""
-        return fused.adaln_mean(x_BCHW, self.rows(temb_BD))
+        return fused.adaln_mean(x_BCHW, rows_B2C)
 
 
 class SpatialMix(nn.Module):
@@ -52,9 +51,9 @@ class SpatialMix(nn.Module):
         self.concat = concat
         self.out = Pointwise(dim * len(kernels) if concat else dim, dim)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
-        n, x_BCHW, mean = self.norm.with_mean(x_BCHW, temb_BD)
+    def forward(self, x_BCHW: Tensor, rows_B2C: Tensor) -> Tensor:
+        """See the class; `rows` of its norm."""
+        n, x_BCHW, mean = self.norm.with_mean(x_BCHW, rows_B2C)
         pooled = None if self.pool is None else self.pool(mean)
         if self.concat or is_literal():
             scales = [scale(n) for scale in self.scales]
@@ -80,18 +79,17 @@ class FeedForward(nn.Module):
         self.expand = Pointwise(dim, round(ratio * dim))
         self.contract = Pointwise(round(ratio * dim), dim)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
-        """See the class."""
-        rows = self.norm.rows(temb_BD)
-        done = chains.feed_forward(x_BCHW, rows, self.expand.layer(), self.contract.layer())
+    def forward(self, x_BCHW: Tensor, rows_B2C: Tensor) -> Tensor:
+        """See the class; `rows` of its norm."""
+        done = chains.feed_forward(x_BCHW, rows_B2C, self.expand.layer(), self.contract.layer())
         if done is not None:
             return done
-        n, x_BCHW = fused.adaln(x_BCHW, rows)
+        n, x_BCHW = fused.adaln(x_BCHW, rows_B2C)
         return self.rest(x_BCHW, self.expand(n))
 
     def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
         """Up to the first product."""
-        return self.expand(self.norm(x_BCHW, temb_BD)[0])
+        return self.expand(self.norm(x_BCHW, self.norm.rows(temb_BD))[0])
 
     def rest(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
         """What follows `first`, which gave y."""
@@ -114,17 +112,19 @@ class LiquidDiffusionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B)
         spatial, feed = self.spatial, self.feed_forward
+        norms = [self.norm, feed.norm] if spatial is None else [self.norm, feed.norm, spatial.norm]
+        first, last, *between = parts.rows(temb_BD, *(norm.modulation for norm in norms))
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first)
         if spatial is None:
-            return feed(x_BCHW, temb_BD)
+            return feed(x_BCHW, last)
         if not spatial.concat and parts.ready(x_BCHW, len(feed.expand.weight)):
             pool = None if spatial.pool is None else (spatial.pool.weight, spatial.pool.bias)
-            mix = spatial.norm.rows(temb_BD), spatial.kernels(), pool, spatial.out.layer()
-            done = parts.tail(x_BCHW, *mix, feed.norm.rows(temb_BD), feed.expand.layer(), feed.contract.layer())
+            layers = spatial.out.layer(), last, feed.expand.layer(), feed.contract.layer()
+            done = parts.tail(x_BCHW, between[0], spatial.kernels(), pool, *layers)
             if done is not None:
                 return done
-        return feed(spatial(x_BCHW, temb_BD), temb_BD)
+        return feed(spatial(x_BCHW, *between), last)
 
     def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
         """The same by `step(function, *tensors)`, each of which ends with a product.
@@ -133,7 +133,7 @@ class LiquidDiffusionBlock(nn.Module):
         product of a step is not: depthwise convolutions, what is element by element, and the cell's heads.
         """
         if first := getattr(self.mixer, "first", None):
-            z = step(lambda x, temb: first(self.norm(x, temb)[0]), x, temb)
+            z = step(lambda x, temb: first(self.norm(x, self.norm.rows(temb))[0]), x, temb)
             x = step(lambda x, z, temb, t: self._mixed(x, temb, t, z), x, z, temb, t)
         else:
             x = step(self._mixed, x, temb, t)
@@ -142,12 +142,14 @@ class LiquidDiffusionBlock(nn.Module):
 
     def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
         """All but the feed-forward; `z` is what the mixer's `first` gave."""
-        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, z_BMHW)
-        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, temb_BD)
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, self.norm.rows(temb_BD), z_BMHW)
+        return x_BCHW if self.spatial is None else self.spatial(x_BCHW, self.spatial.norm.rows(temb_BD))
 
-    def _relaxed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
-        """The mixer under its relaxation."""
-        n, x_BCHW = self.norm(x_BCHW, temb_BD)
+    def _relaxed(
+        self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows_B2C: Tensor, z_BMHW: Tensor | None = None
+    ) -> Tensor:
+        """The mixer under its relaxation; `rows` of the norm before it."""
+        n, x_BCHW = self.norm(x_BCHW, rows_B2C)
         mixer: Any = self.mixer
         y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
         if self.relaxation.replaces_residual:

@@ -80,8 +80,7 @@ class CfC(nn.Module):
             return 0.5 * (g + h)
         f = self.f(z)  # (B, C, H, W)
         if self.time_a is not None and self.time_b is not None:
-            temb = F.silu(temb_BD)
-            return fused.gate_blend(f, g, h, self.time_a(temb), self.time_b(temb))
+            return fused.gate_blend(f, g, h, *parts.rows(temb_BD, self.time_a, self.time_b))
         logit = -f * t_B[:, None, None, None].to(f.dtype) if self.gate == "literal" else f
         return torch.lerp(h, g, torch.sigmoid(logit))
 
@@ -91,10 +90,10 @@ class CfC(nn.Module):
             return None
         if not parts.ready(x_BCHW, len(self.backbone.weight)):
             return None
-        cell, temb = cast(Any, self), F.silu(temb_BD)
+        cell = cast(Any, self)
         kernels = [cell.context.kernel(), cell.g[0].kernel(), cell.h[0].kernel()]
         layers = [cell.backbone.layer(), cell.f.layer(), cell.g[-1].layer(), cell.h[-1].layer()]
-        return parts.cell(x_BCHW, kernels, layers, cell.time_a(temb), cell.time_b(temb))
+        return parts.cell(x_BCHW, kernels, layers, *parts.rows(temb_BD, cell.time_a, cell.time_b))
 
 
 class Head(nn.Sequential):
@@ -154,7 +153,7 @@ class Conv(nn.Module):
 
     def separable(self, x_BCHW: Tensor, temb_BD: Tensor, of: Kernel | None = None) -> Tensor:
         """Both products, after a depthwise convolution where `of` is one."""
-        scale = self.scale(F.silu(temb_BD))
+        (scale,) = parts.rows(temb_BD, self.scale)
         done = chains.separable(x_BCHW, of, self.expand.layer(), scale, self.contract.layer())
         if done is not None:
             return done

@@ -1,14 +1,59 @@
 /* Parts of a block, each forward and backward in one call, by the kernels of fused.c, pointwise.c, depthwise.c and chains.c one
- * after the other: a CfC cell, and what follows a mixer. Images are row-major float32 (B, P, C). */
+ * after the other: what layers make of the time embedding, a CfC cell, and what follows a mixer. Images are row-major
+ * float32 (B, P, C). */
 #include "entries.h"
+
+/* --- rows: y = W SiLU(temb) + bias, of several layers side by side, temb (B, D), W (O, D) ------------------------*/
+
+typedef struct {
+    const float *temb;
+    float *const *tensors, *dtemb; /* of each layer: w, bias, y; or w, g, dw, dbias */
+    const idx *O;
+    idx B, D;
+    int *failed;
+} rows_t;
+
+static void row_forward(void *data, idx k, idx me) {
+    const rows_t *j = data;
+    float *const *t = j->tensors + 3 * k;
+    j->failed[k] = pw_forward(j->temb, NULL, t[0], t[1], NULL, t[2], NULL, NULL, NULL, 1, j->B, j->D, j->O[k], 1, 0, NULL, 1);
+}
+
+static void row_backward(void *data, idx k, idx me) {
+    const rows_t *j = data;
+    float *const *t = j->tensors + 4 * k;
+    j->failed[k] = pw_backward(t[1], j->temb, NULL, t[0], NULL, j->dtemb + k * j->B * j->D, t[2], t[3], NULL, 1, j->B, j->D,
+                               j->O[k], 1, 0, NULL, 1);
+}
+
+static int all_rows(void (*layer)(void *, idx, idx), const float *temb, float *dtemb, float *const *tensors, const idx *O,
+                    idx count, idx B, idx D, RUN) {
+    int failed[count], any = 0;
+    rows_t j = {temb, tensors, dtemb, O, B, D, failed};
+    side_by_side(layer, &j, count, pool, threads);
+    for (idx k = 0; k < count; k++) any |= failed[k];
+    return any;
+}
+
+/* count > 0; B, D, O are not 0. Returns 0, or 1 when out of memory; so do all below. */
+int rows_forward(const float *temb, float *const *tensors, const idx *O, idx count, idx B, idx D, RUN) {
+    return all_rows(row_forward, temb, NULL, tensors, O, count, B, D, pool, threads);
+}
+
+/* dtemb (count, B, D) is room; the gradient of temb is the first (B, D). */
+int rows_backward(const float *temb, float *dtemb, float *const *tensors, const idx *O, idx count, idx B, idx D, RUN) {
+    if (all_rows(row_backward, temb, dtemb, tensors, O, count, B, D, pool, threads)) return 1;
+    for (idx k = 1; k < count; k++)
+        for (idx i = 0; i < B * D; i++) dtemb[i] += dtemb[k * B * D + i];
+    return 0;
+}
 
 #define SHAPE idx B, idx P, idx C, idx M, idx piece, RUN
 
 /* --- a CfC cell: z = SiLU(W conv(x) + bias), y = heads(z) of chains.c -------------------------------------------*/
 
 /* a, b (B, C), or (C) where `alike`; z (B, P, M) is written as well. For the backward pass, or NULL all: before, what SiLU is
- * of, (B, P, M), c = conv(x) and kf, kg, kh, (B, P, C). No dimension is 0. Returns 0, or 1 when out of memory; so do all
- * below. */
+ * of, (B, P, M), c = conv(x) and kf, kg, kh, (B, P, C). No dimension is 0. */
 int cell_forward(const float *x, const float *w, const float *bias, const float *wf, const float *bf, const float *wg,
                  const float *bg, const float *wh, const float *bh, const float *a, const float *b, float *z, float *y,
                  float *before, float *c, float *kf, float *kg, float *kh, const depthwise_t *conv, const depthwise_t *u,

@@ -1,11 +1,13 @@
-"""Parts of a block on CPU, each one call forward and one backward: a CfC cell; the spatial mix with the feed-forward.
+"""Parts of a block on CPU, each one call forward and one backward.
+
+They are: what layers make of the time embedding; a CfC cell; the spatial mix with the feed-forward.
 
 `parts.c` calls the kernels that layers would call one by one (fused.c, pointwise.c, depthwise.c, chains.c). What is
-saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. Each function
-here gives None where that is not to be had, as those of `chains` do. Modules whose weights are given are not called:
+saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. `cell` and `tail`
+give None where that is not to be had, as the functions of `chains` do. Modules whose weights are given are not called:
 their forward hooks see nothing.
 
-Legend: B batch, C channels, H W space, M hidden width.
+Legend: B batch, C channels, H W space, D time embedding, M hidden width, O outputs of a layer.
 """
 
 import ctypes
@@ -14,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
@@ -22,9 +25,30 @@ from liquiddiff.chains import EPS, Layer, images, usual
 from liquiddiff.depthwise import Inner, Kernel, is_literal
 from liquiddiff.fused import PIECE, sums_of
 
-__all__ = ["cell", "ready", "tail"]
+__all__ = ["cell", "ready", "rows", "tail"]
 
 MAX_SCALES = 8  # scales_t of parts.c
+
+
+def rows(temb_BD: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """Each layer of SiLU(temb), (B, O)."""
+    args = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    if _takes_rows(temb_BD, args):
+        return list(_Rows.apply(temb_BD, *args) if torch.is_grad_enabled() else _rows(temb_BD, *args))
+    silu_BD = F.silu(temb_BD)
+    return [layer(silu_BD) for layer in layers]
+
+
+def _takes_rows(temb: Tensor, layers: Sequence[Tensor]) -> bool:
+    if is_literal() or not native.eager(temb, *layers) or temb.dim() != 2 or not temb.numel():
+        return False
+    library, D = _library(), temb.shape[1]
+    if library is None or D < library.pw_least_inputs() or not temb.is_contiguous():
+        return False
+    for weight in layers[::2]:
+        if weight.shape[1] != D or len(weight) < library.pw_least_outputs():
+            return False
+    return all(tensor.is_contiguous() for tensor in layers)
 
 
 def cell(
@@ -106,6 +130,8 @@ def _library() -> ctypes.CDLL | None:
     for name, count in POINTERS.items() if library else ():
         options = [ctypes.c_float] * name.startswith("tail") + [index] * name.endswith("_forward")
         getattr(library, name).argtypes = [pointer] * count + options + [index] * 5 + [pointer, index]
+    for name, count in {"rows_forward": 3, "rows_backward": 4}.items() if library else ():
+        getattr(library, name).argtypes = [pointer] * count + [index] * 3 + [pointer, index]
     return library
 
 
@@ -138,6 +164,45 @@ class _Scales(ctypes.Structure):
 
 def _empty(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+# --- rows of the time embedding --------------------------------------------------------------------------------------
+
+
+def _call_rows(name: str, tensors: Sequence[Tensor], of_layers: Sequence[Tensor], widths: Sequence[int]) -> None:
+    of = (ctypes.c_void_p * len(of_layers))(*[t.data_ptr() for t in of_layers])
+    pointers = [*(t.data_ptr() for t in tensors), of, (ctypes.c_ssize_t * len(widths))(*widths)]
+    shape = len(widths), *tensors[0].shape, native.pool(), torch.get_num_threads()
+    if getattr(_library(), name)(*pointers, *shape):
+        raise MemoryError("layers of a time embedding: out of memory")
+
+
+def _rows(temb: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+    weights, biases = layers[::2], layers[1::2]
+    widths = [len(weight) for weight in weights]
+    made = tuple(temb.new_empty(len(temb), width) for width in widths)
+    of_layers = [tensor for layer in zip(weights, biases, made, strict=True) for tensor in layer]
+    _call_rows("rows_forward", [temb], of_layers, widths)
+    return made
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, temb: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(temb, *layers[::2])
+        return _rows(temb, *layers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        temb, *weights = ctx.saved_tensors
+        dtemb, found = temb.new_empty(len(weights), *temb.shape), []
+        of_layers: list[Tensor] = []
+        for weight, g in zip(weights, grads, strict=True):
+            found += [torch.empty_like(weight), weight.new_empty(len(weight))]
+            of_layers += [weight, g.contiguous(), *found[-2:]]
+        _call_rows("rows_backward", [temb, dtemb], of_layers, [len(weight) for weight in weights])
+        return dtemb[0], *found
 
 
 # --- a CfC cell ------------------------------------------------------------------------------------------------------
