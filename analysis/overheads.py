@@ -104,7 +104,7 @@ def _beside(bench: Bench, run: Run, side: int, channels: int, scale: int) -> dic
         "step": lambda: trainer.train_step(x),
         "data": lambda: digits.batch(0, 0, run.optim.batch),
         "noise": lambda: flow.draw(0, 0, batch, tuple(x.shape[1:])),
-        "ema": lambda: trainer.ema.update(1000, batch),
+        "ema": lambda: trainer.ema.update(0.9),
         "log": flush,
         "checkpoint": save,
         "mlflow": lambda: tracking.mirror_to_mlflow(record, {"arm": run.arm}),

@@ -20,8 +20,8 @@ static int prepare(layer_t *l, int forward, cut_t cut, const pool_t *pool, idx t
     return forward ? !l->packed : !l->back || !l->sums;
 }
 
-static void finish(layer_t *l, int failed, int forward, cut_t cut) {
-    if (!failed && !forward) gather(l->sums, cut.chunks, l->size, l->O, l->K, l->dw, l->db);
+static void finish(layer_t *l, int failed, int forward, cut_t cut, const pool_t *pool, idx threads) {
+    if (!failed && !forward) gather(l->sums, cut.chunks, l->size, l->O, l->K, l->dw, l->db, pool, threads);
     free(l->packed), free(l->back), free(l->sums);
 }
 
@@ -75,7 +75,7 @@ static int run(job_t *j, float *drows, const pool_t *pool, idx threads) {
         if (j->conv[i]) failed |= !(j->taps[i] = j->conv[i]->pack(j->conv[i]->w, j->layer[i].K));
     if (!failed) side_by_side(ahead ? forward : backward, j, pieces, pool, threads);
     if (!failed && !ahead) gather_rows(j->cut, j->rows, j->wide, drows);
-    for (idx i = 0; i < j->layers; i++) finish(&j->layer[i], failed, ahead, j->cut);
+    for (idx i = 0; i < j->layers; i++) finish(&j->layer[i], failed, ahead, j->cut, pool, threads);
     free(j->room), free(j->rows), free(j->taps[0]), free(j->taps[1]);
     return failed;
 }

@@ -17,15 +17,19 @@ class EMA:
     def __init__(self, net: nn.Module, half_life: float):
         self.half_life = half_life
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self._mine: list[Tensor] = list(self.net.parameters())
+        self.weights: list[Tensor] = list(self.net.parameters())
         self._theirs: list[Tensor] = list(net.parameters())
         self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
-    @torch.no_grad()
-    def update(self, images: int, batch: int) -> None:
-        """Move towards the network after a step of `batch` images that brought the count to `images`."""
+    def decay(self, images: int, batch: int) -> float:
+        """What a step of `batch` images that brought the count to `images` leaves of the average."""
         half_life = min(self.half_life, 0.05 * images)
-        decay = 0.5 ** (batch / max(half_life, 1e-8))
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+        return 0.5 ** (batch / max(half_life, 1e-8))
+
+    @torch.no_grad()
+    def update(self, decay: float, weights: bool = True) -> None:
+        """Move towards the network; its buffers alone where the weights have been moved already."""
+        if weights:
+            torch._foreach_lerp_(self.weights, self._theirs, 1 - decay)
         for mine, theirs in self._buffers:
             mine.copy_(theirs)

@@ -103,7 +103,7 @@ int pw_backward(const float *g, const float *x, const float *row, const float *w
     const int failed = (dx && !j.w) || (dw && !j.sums) || (drow && !j.rows) || !j.room;
     if (!failed) {
         side_by_side(backward, &j, chunks, pool, threads);
-        if (dw) gather(j.sums, chunks, j.size, O, K, dw, db);
+        if (dw) gather(j.sums, chunks, j.size, O, K, dw, db, pool, threads);
         if (drow) gather_rows(j.cut, j.rows, K, drow);
     }
     free((void *)j.w), free(j.sums), free(j.rows), free(j.room);

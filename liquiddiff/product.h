@@ -9,6 +9,7 @@
 #define TILE 64                   /* positions; also those between two visits of a weight gradient to its sums */
 #define CHUNK 512                 /* positions at least that share the sums of a weight gradient */
 #define MAX_CHUNKS 32
+#define GATHERED (32 * 1024)       /* fewer sums than this are not worth a second thread */
 
 /* --- tiles ----------------------------------------------------------------------------------------------------*/
 
@@ -205,14 +206,26 @@ static void weight_gradient(idx rows, const float *g, idx O, const float *x, idx
     }
 }
 
+typedef struct {
+    float *sums, *dw, *db;
+    idx chunks, size, O, K;
+} gather_t;
+
+/* Rows of blocks, and after them the bias. */
+static void gather_part(void *data, idx r, idx me) {
+    const gather_t *j = data;
+    const idx O = j->O, K = j->K, rows = count(HEIGHT, O), width = count(PANEL, K) * HEIGHT * PANEL, n = r < rows ? width : O;
+    float *sums = j->sums + r * width;
+    for (idx k = 1; k < j->chunks; k++)
+        for (idx i = 0; i < n; i++) sums[i] += sums[k * j->size + i];
+    if (r == rows && j->db) memcpy(j->db, sums, O * sizeof(float));
+    for (idx c = 0; r < rows && c < count(PANEL, K); c++)
+        for (idx i = 0; i < HEIGHT; i++, sums += PANEL)
+            memcpy(j->dw + (start(r, HEIGHT, O) + i) * K + start(c, PANEL, K), sums, PANEL * sizeof(float));
+}
+
 /* The chunks' sums, each `size` after the one before, to dw (O, K) and db (O), which may be NULL. */
-static void gather(float *sums, idx chunks, idx size, idx O, idx K, float *dw, float *db) {
-    const idx own = sums_of(O, K);
-    for (idx k = 1; k < chunks; k++)
-        for (idx i = 0; i < own; i++) sums[i] += sums[k * size + i];
-    for (idx r = 0; r < count(HEIGHT, O); r++)
-        for (idx c = 0; c < count(PANEL, K); c++)
-            for (idx i = 0; i < HEIGHT; i++, sums += PANEL)
-                memcpy(dw + (start(r, HEIGHT, O) + i) * K + start(c, PANEL, K), sums, PANEL * sizeof(float));
-    if (db) memcpy(db, sums, O * sizeof(float));
+static void gather(float *sums, idx chunks, idx size, idx O, idx K, float *dw, float *db, const pool_t *pool, idx threads) {
+    gather_t j = {sums, dw, db, chunks, size, O, K};
+    side_by_side(gather_part, &j, count(HEIGHT, O) + 1, pool, chunks * size < GATHERED ? 1 : threads);
 }

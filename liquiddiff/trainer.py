@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from liquiddiff import distributed, flow
+from liquiddiff import adamw, distributed, flow
 from liquiddiff.config import BadInput, Flow, Optim
 from liquiddiff.data import ImageData
 from liquiddiff.device import resolve_precision
@@ -54,6 +54,7 @@ class RectifiedFlowTrainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), self.optim.lr, (b1, b2), weight_decay=self.optim.weight_decay, fused=True
         )
+        self._update = adamw.Update(self.optimizer, self.ema.weights)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self) -> Any:
@@ -96,16 +97,22 @@ class RectifiedFlowTrainer:
         losses = self.losses(self.forward, images_BCHW, noise_BCHW, t_B)
         loss = losses[:number].sum() / count if part else losses.mean()
         self.scaler.scale(loss * distributed.size() if part else loss).backward()  # gradients are averaged, not added
+        self.images += count
+        decay = self.ema.decay(self.images, count)
+        at_once = not self.scaler.is_enabled() and self._update(self.optim.clip, decay)
+        if not at_once:
+            self._clip_and_step()
+        self.ema.update(decay, weights=not at_once)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach(), "lr": lr}
+
+    def _clip_and_step(self) -> None:
         if self.optim.clip:
             self.scaler.unscale_(self.optimizer)
             weights = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(weights, self.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.images += count
-        self.ema.update(self.images, count)
-        return {"loss": loss.detach(), "lr": lr}
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Per-image loss, (B,), in float32."""

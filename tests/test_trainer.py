@@ -103,7 +103,7 @@ def test_ema_half_life_is_in_images():
         ema = EMA(net, half_life=1000)
         torch.nn.init.ones_(net.weight)
         for step in range(1000 // batch):
-            ema.update(100_000 + step * batch, batch)
+            ema.update(ema.decay(100_000 + step * batch, batch))
         assert ema.net.weight.item() == pytest.approx(0.5)
 
 
@@ -190,11 +190,14 @@ def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
     run = compose.plan(overrides)[1][0]
     real, handler = EMA.update, signal.getsignal(signal.SIGINT)
 
-    def interrupted(ema, images, batch):
-        if images == 96:
+    seen = []
+
+    def interrupted(ema, decay, weights):
+        seen.append(decay)
+        if len(seen) == 3:  # steps of 32 images
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
-        real(ema, images, batch)
+        real(ema, decay, weights)
 
     with monkeypatch.context() as patch:
         patch.setattr(EMA, "update", interrupted)
@@ -209,7 +212,7 @@ def test_an_error_after_a_signal_is_not_hidden(small, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(checkpoint, "save", full)

@@ -1,0 +1,93 @@
+"""What follows a step's gradients on CPU: clipping, AdamW and the EMA, in two passes over memory by `adamw.c`.
+
+By torch they are a dozen calls, each over all weights; for weights of a few hundred numbers that is mostly dispatch.
+`torch.optim.AdamW` keeps hyperparameters and state, in its own format, and does its part wherever this cannot.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liquiddiff import native
+from liquiddiff.depthwise import is_literal
+
+__all__ = ["Update"]
+
+
+class Update:
+    """Clips gradients, makes one step of `optimizer`, and lets `averages`, one a weight, follow the weights."""
+
+    def __init__(self, optimizer: torch.optim.AdamW, averages: Sequence[Tensor]):
+        self.optimizer, self.averages = optimizer, averages
+        self._state: Any = None  # that of the optimizer which is known; it is another when one was loaded
+        self._tensors: list[Tensor] = []  # of each weight itself, moments and average; then all counts of steps
+        self._pointers: list[int] = []  # where they are
+
+    def __call__(self, clip: float, decay: float) -> bool:
+        """To a norm of `clip` (0: as they are), which leaves the gradients as they were; average * decay + ...
+
+        As `nn.utils.clip_grad_norm_`, `optimizer.step()` and `EMA.update`. False, and nothing was done, where it cannot
+        be had: the first step, in which torch makes the state; another device, dtype or layout; a weight without a
+        gradient; no compiler; within `depthwise.literal()`. The optimizer's own hooks see nothing. Raises MemoryError.
+        """
+        library = None if is_literal() else _library()
+        if library is None or not self._known():
+            return False
+        gradients = [weight.grad for weight in self._weights]
+        if [None if g is None else g.stride() for g in gradients] != self._strides:
+            return False
+        group, count = self.optimizer.param_groups[0], len(gradients)
+        rates = _Rates(group["lr"], *group["betas"], group["eps"], group["weight_decay"], clip, 1 - decay)
+        pointers = (ctypes.c_void_p * count)(*[g.data_ptr() for g in gradients if g is not None])
+        rest = count, ctypes.byref(rates), native.pool(), torch.get_num_threads()
+        if library.adamw(pointers, *self._arrays, *rest):
+            raise MemoryError("AdamW: out of memory")
+        return True
+
+    def _known(self) -> bool:
+        """Whether all tensors but the gradients can be taken; they are looked at again where one has moved."""
+        state = self.optimizer.state
+        if state is self._state and [t.data_ptr() for t in self._tensors] == self._pointers:
+            return True
+        weights, self._state = [w for group in self.optimizer.param_groups for w in group["params"]], None
+        if len(self.optimizer.param_groups) != 1 or not all(state.get(weight) for weight in weights):
+            return False
+        tensors, steps, sizes = list[Tensor](), [], []
+        for weight, average in zip(weights, self.averages, strict=True):
+            of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], average
+            if not all(t.is_cpu and t.dtype is torch.float32 and t.stride() == weight.stride() for t in of_it):
+                return False
+            if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+                return False
+            tensors += of_it
+            steps.append(state[weight]["step"])
+            sizes.append(weight.numel())
+        self._weights, self._strides = weights, [weight.stride() for weight in weights]
+        self._tensors = tensors + steps
+        self._pointers = [t.data_ptr() for t in self._tensors]
+        pointers = ctypes.c_void_p * len(self._pointers)
+        self._arrays = pointers(*self._pointers), (ctypes.c_ssize_t * len(sizes))(*sizes)
+        self._state = state
+        return True
+
+
+# --- the C library ---------------------------------------------------------------------------------------------------
+
+
+class _Rates(ctypes.Structure):
+    """`rates_t` of adamw.c."""
+
+    _fields_ = tuple((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "decay", "clip", "follow"))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load("adamw")
+    if library is not None:
+        pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
+        library.adamw.argtypes = [pointer] * 3 + [index, pointer, pointer, index]
+    return library
