@@ -26,6 +26,7 @@ class Update:
         self._state: Any = None  # that of the optimizer which is known; it is another when one was loaded
         self._tensors: list[Tensor] = []  # of each weight itself, moments and average; then all counts of steps
         self._pointers: list[int] = []  # where they are
+        self._strides: list[tuple[int, ...] | None] = []  # of gradients
 
     def __call__(self, clip: float, decay: float) -> bool:
         """To a norm of `clip` (0: as they are), which leaves the gradients as they were; average * decay + ...
@@ -38,8 +39,11 @@ class Update:
         if library is None or not self._known():
             return False
         gradients = [weight.grad for weight in self._weights]
-        if [None if g is None else g.stride() for g in gradients] != self._strides:
-            return False
+        strides = [None if g is None else g.stride() for g in gradients]
+        if strides != self._strides:  # of those that were taken before
+            if not all(map(_in_order, self._weights, strides)):
+                return False
+            self._strides = strides
         group, count = self.optimizer.param_groups[0], len(gradients)
         rates = _Rates(group["lr"], *group["betas"], group["eps"], group["weight_decay"], clip, 1 - decay)
         pointers = (ctypes.c_void_p * count)(*[g.data_ptr() for g in gradients if g is not None])
@@ -59,20 +63,27 @@ class Update:
         tensors, steps, sizes = list[Tensor](), [], []
         for weight, average in zip(weights, self.averages, strict=True):
             of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], average
-            if not all(t.is_cpu and t.dtype is torch.float32 and t.stride() == weight.stride() for t in of_it):
+            if not all(t.is_cpu and t.dtype is torch.float32 and _in_order(weight, t.stride()) for t in of_it):
                 return False
             if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
                 return False
             tensors += of_it
             steps.append(state[weight]["step"])
             sizes.append(weight.numel())
-        self._weights, self._strides = weights, [weight.stride() for weight in weights]
+        self._weights = weights
         self._tensors = tensors + steps
         self._pointers = [t.data_ptr() for t in self._tensors]
         pointers = ctypes.c_void_p * len(self._pointers)
         self._arrays = pointers(*self._pointers), (ctypes.c_ssize_t * len(sizes))(*sizes)
         self._state = state
         return True
+
+
+def _in_order(weight: Tensor, strides: tuple[int, ...] | None) -> bool:
+    """Whether numbers with such strides lie as the weight's do; the stride of a dimension of one has no meaning."""
+    if strides is None or len(strides) != weight.dim():
+        return False
+    return all(a == b or n == 1 for n, a, b in zip(weight.shape, weight.stride(), strides, strict=True))
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from liquiddiff import adamw
+from liquiddiff import RectifiedFlowTrainer, adamw
+from liquiddiff.config import Model, Optim
 from liquiddiff.depthwise import literal
 from liquiddiff.ema import EMA
+from liquiddiff.unet import LiquidDiffusionUNet
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler: torch, rightly")
@@ -67,6 +69,15 @@ def test_equals_torch_in_float64(clip):
         assert done == [False] + [True] * 11  # the first makes the state
     for a, b in zip(fast.tensors(), exact.tensors(), strict=True):
         assert (a.double() - b.double()).abs().max() <= 1e-5 * b.abs().max()
+
+
+@needs_compiler
+def test_a_trainer_uses_it_with_the_gradients_that_it_has(monkeypatch):
+    model = Model("test", [32, 64], [1, 1])
+    fitted = RectifiedFlowTrainer(LiquidDiffusionUNet(model, in_channels=1, resolution=8), optim=Optim())
+    fitted.train_step(torch.randn(2, 1, 8, 8))
+    monkeypatch.setattr(fitted, "_clip_and_step", lambda: pytest.fail("by torch"))
+    fitted.train_step(torch.randn(2, 1, 8, 8))
 
 
 @needs_compiler
