@@ -118,7 +118,7 @@ class LiquidDiffusionBlock(nn.Module):
         x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first)
         if spatial is None:
             return feed(x_BCHW, last)
-        if not spatial.concat and parts.ready(x_BCHW, len(feed.expand.weight)):
+        if not spatial.concat and parts.ready(x_BCHW, feed.expand.weight.shape[0]):
             pool = None if spatial.pool is None else (spatial.pool.weight, spatial.pool.bias)
             layers = spatial.out.layer(), last, feed.expand.layer(), feed.contract.layer()
             done = parts.tail(x_BCHW, between[0], spatial.kernels(), pool, *layers)

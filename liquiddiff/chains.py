@@ -64,9 +64,9 @@ def _fast(image: Tensor, C: int, M: int, layers: Sequence[Layer], row: Tensor) -
 
 
 def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether these are dense float32 layers of such shapes (outputs, inputs)."""
+    """Tell whether these are dense float32 layers of such shapes (outputs, inputs); of the image it is known."""
     for (weight, bias), shape in zip(layers, shapes, strict=True):
-        if not native.eager(weight, bias) or weight.shape != shape or bias.shape != shape[:1]:
+        if not native.plain(weight, bias) or weight.shape != shape or bias.shape != shape[:1]:
             return False
         if not (weight.is_contiguous() and bias.is_contiguous()):
             return False
@@ -100,7 +100,7 @@ def _call(
     pointers += [None if conv is None else conv.address for conv in inner]
     options: list[float] = [EPS] if name.startswith("feed_forward") else []
     if name.endswith("_forward"):
-        options.append(len(cast(Tensor, tensors[1])) == 1)  # alike
+        options.append(cast(Tensor, tensors[1]).shape[0] == 1)  # alike
     if getattr(_library(), name)(*pointers, *options, B, H * W, C, M, native.pool(), torch.get_num_threads()):
         raise MemoryError("a chain of 1x1 convolutions: out of memory")
 
@@ -112,7 +112,7 @@ def _inner(x_BCHW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inner 
 def images(like: Tensor, *channels: int) -> list[Tensor]:
     """Room for images of so many channels each, (B, C, H, W), channels-last."""
     B, _, H, W = like.shape
-    return [like.new_empty(B, H, W, C).permute(0, 3, 1, 2) for C in channels]
+    return [like.new_empty_strided((B, C, H, W), (H * W * C, 1, W * C, C)) for C in channels]
 
 
 def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:

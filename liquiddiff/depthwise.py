@@ -211,9 +211,9 @@ class Inner(ctypes.Structure):
     def fits(kernel: Kernel, C: int) -> bool:
         """Tell whether it can be had of C channels of an image that the C kernels may take."""
         (weight, bias), k = kernel, kernel[0].shape[-1]
-        if _literal or k not in KERNEL_SIZES or weight.shape != (C, 1, k, k) or not native.eager(weight):
+        if _literal or k not in KERNEL_SIZES or weight.shape != (C, 1, k, k) or not native.plain(weight):
             return False
-        if bias is not None and not (bias.shape == (C,) and native.eager(bias)):
+        if bias is not None and not (bias.shape == (C,) and native.plain(bias)):
             return False
         library = _library(k)
         return library is not None and library.lanes <= C

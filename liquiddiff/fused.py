@@ -35,7 +35,7 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
     `modulation` is the scales and, beside them, the shifts. Where x goes on beside its norm, use the one returned: the
     two gradients are then added in the norm's own pass.
     """
-    (modulation_B2C,) = native.rows_of(len(x_BCHW), modulation_B2C)
+    (modulation_B2C,) = native.rows_of(x_BCHW.shape[0], modulation_B2C)
     if _fast([x_BCHW], modulation_B2C, width=2):
         return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, False)
 
@@ -51,7 +51,7 @@ def adaln(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Te
 
 def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln`'s two, and the mean of the first over positions, (B, C)."""
-    (modulation_B2C,) = native.rows_of(len(x_BCHW), modulation_B2C)
+    (modulation_B2C,) = native.rows_of(x_BCHW.shape[0], modulation_B2C)
     if _fast([x_BCHW], modulation_B2C, width=2):
         return (_AdaLN.apply if torch.is_grad_enabled() else _adaln)(x_BCHW, modulation_B2C, eps, True)
     y, x_BCHW = adaln(x_BCHW, modulation_B2C, eps)
@@ -60,7 +60,7 @@ def adaln_mean(x_BCHW: Tensor, modulation_B2C: Tensor, eps: float = 1e-5) -> tup
 
 def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_BC: Tensor) -> Tensor:
     """S g + (1 - s) h where s = sigmoid(a f - b): CfC's gate, (B, C, H, W)."""
-    a_BC, b_BC = native.rows_of(len(f_BCHW), a_BC, b_BC)
+    a_BC, b_BC = native.rows_of(f_BCHW.shape[0], a_BC, b_BC)
     if _fast([f_BCHW, g_BCHW, h_BCHW], a_BC, b_BC):
         return _Gate.apply(f_BCHW, g_BCHW, h_BCHW, a_BC, b_BC)
 
@@ -72,7 +72,7 @@ def gate_blend(f_BCHW: Tensor, g_BCHW: Tensor, h_BCHW: Tensor, a_BC: Tensor, b_B
 
 def relax_add(x_BCHW: Tensor, n_BCHW: Tensor, y_BCHW: Tensor, alpha_BC: Tensor) -> Tensor:
     """X + alpha n + (1 - alpha) y: a relaxation law's blend on the residual, (B, C, H, W). Alpha may be (B, 1)."""
-    (alpha_BC,) = native.rows_of(len(x_BCHW), alpha_BC.expand(-1, x_BCHW.shape[1]))
+    (alpha_BC,) = native.rows_of(x_BCHW.shape[0], alpha_BC.expand(-1, x_BCHW.shape[1]))
     if _fast([x_BCHW, n_BCHW, y_BCHW], alpha_BC):
         return (_Relax.apply if torch.is_grad_enabled() else _relax)(x_BCHW, n_BCHW, y_BCHW, alpha_BC)
 
@@ -112,7 +112,7 @@ def _fast(images: Sequence[Tensor], *rows: Tensor, width: int = 1) -> bool:
         if image.shape != shape or not image.is_contiguous(memory_format=torch.channels_last):
             return False
     for row in rows:
-        if len(row) not in (1, shape[0]) or row.shape[1:] != (width * shape[1],):
+        if row.shape[0] not in (1, shape[0]) or row.shape[1:] != (width * shape[1],):
             return False
     return _library() is not None
 
@@ -211,7 +211,7 @@ def _dense(g: Tensor) -> Tensor:
 
 def _adaln(x: Tensor, modulation: Tensor, eps: float, mean: bool, moments: Tensor | None = None) -> Any:
     y, sums = _like(x), sums_of(x, 1) if mean else None
-    _call("adaln_forward", x, [x, modulation, y, moments, sums], eps, len(modulation) == 1)
+    _call("adaln_forward", x, [x, modulation, y, moments, sums], eps, modulation.shape[0] == 1)
     return (y, x) if sums is None else (y, x, sums[:, 0, 0] / x[0, 0].numel())
 
 
@@ -242,7 +242,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, g: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = _like(f)
-        _call("gate_forward", f, [f, g, h, a, b, y], len(a) == 1)
+        _call("gate_forward", f, [f, g, h, a, b, y], a.shape[0] == 1)
         ctx.save_for_backward(f, g, h, a, b)
         return y
 
@@ -258,7 +258,7 @@ class _Gate(torch.autograd.Function):
 
 def _relax(x: Tensor, kept: Tensor, mixed: Tensor, alpha: Tensor) -> Tensor:
     out = _like(x)
-    _call("relax_forward", x, [x, kept, mixed, alpha, out], len(alpha) == 1)
+    _call("relax_forward", x, [x, kept, mixed, alpha, out], alpha.shape[0] == 1)
     return out
 
 

@@ -88,7 +88,7 @@ class CfC(nn.Module):
         """The published cell in one call, where that is to be had."""
         if self.gate != "time" or len(self.g) == 1 or self.head_tanh:
             return None
-        if not parts.ready(x_BCHW, len(self.backbone.weight)):
+        if not parts.ready(x_BCHW, self.backbone.weight.shape[0]):
             return None
         cell = cast(Any, self)
         kernels = [cell.context.kernel(), cell.g[0].kernel(), cell.h[0].kernel()]

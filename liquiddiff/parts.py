@@ -46,7 +46,7 @@ def _takes_rows(temb: Tensor, layers: Sequence[Tensor]) -> bool:
     if library is None or D < library.pw_least_inputs() or not temb.is_contiguous():
         return False
     for weight in layers[::2]:
-        if weight.shape[1] != D or len(weight) < library.pw_least_outputs():
+        if weight.shape[1] != D or weight.shape[0] < library.pw_least_outputs():
             return False
     return all(tensor.is_contiguous() for tensor in layers)
 
@@ -57,11 +57,11 @@ def cell(
     """S g + (1 - s) h, s = sigmoid(a f - b), (B, C, H, W), of a CfC cell with z = SiLU(backbone(conv(x))), f = head(z),
     g = head(SiLU(u)), h = head(SiLU(v)), where u and v are z convolved. Kernels: conv, u, v; layers: backbone, f, g, h.
     """
-    (B, C), M = x_BCHW.shape[:2], len(layers[0][0])
+    (B, C), M = x_BCHW.shape[:2], layers[0][0].shape[0]
     if not usual(layers, [(M, C), (C, M), (C, M), (C, M)]):
         return None
     a_BC, b_BC = native.rows_of(B, a_BC, b_BC)
-    if not (native.eager(a_BC, b_BC) and a_BC.shape[1] == b_BC.shape[1] == C):
+    if not (native.plain(a_BC, b_BC) and a_BC.shape[1] == b_BC.shape[1] == C):
         return None
     if not all(Inner.fits(kernel, channels) for kernel, channels in zip(kernels, (C, M, M), strict=True)):
         return None
@@ -88,11 +88,11 @@ def tail(
 
     c is the sum of n's convolutions by `scales`; `norm` and `feed` are the modulations of the norms, as in fused.adaln.
     """
-    (B, C), M = x_BCHW.shape[:2], len(expand[0])
+    (B, C), M = x_BCHW.shape[:2], expand[0].shape[0]
     if not usual([*([pool] if pool else []), out, expand, contract], [*[(C, C)] * (1 + bool(pool)), (M, C), (C, M)]):
         return None
     norm_B2C, feed_B2C = native.rows_of(B, norm_B2C, feed_B2C)
-    if not (native.eager(norm_B2C, feed_B2C) and norm_B2C.shape[1] == feed_B2C.shape[1] == 2 * C):
+    if not (native.plain(norm_B2C, feed_B2C) and norm_B2C.shape[1] == feed_B2C.shape[1] == 2 * C):
         return None
     if len(scales) > MAX_SCALES or not all(Inner.fits(scale, C) and scale[1] is not None for scale in scales):
         return None
@@ -179,8 +179,8 @@ def _call_rows(name: str, tensors: Sequence[Tensor], of_layers: Sequence[Tensor]
 
 def _rows(temb: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
     weights, biases = layers[::2], layers[1::2]
-    widths = [len(weight) for weight in weights]
-    made = tuple(temb.new_empty(len(temb), width) for width in widths)
+    widths = [weight.shape[0] for weight in weights]
+    made = tuple(temb.new_empty(temb.shape[0], width) for width in widths)
     of_layers = [tensor for layer in zip(weights, biases, made, strict=True) for tensor in layer]
     _call_rows("rows_forward", [temb], of_layers, widths)
     return made
@@ -199,9 +199,9 @@ class _Rows(torch.autograd.Function):
         dtemb, found = temb.new_empty(len(weights), *temb.shape), []
         of_layers: list[Tensor] = []
         for weight, g in zip(weights, grads, strict=True):
-            found += [torch.empty_like(weight), weight.new_empty(len(weight))]
+            found += [torch.empty_like(weight), weight.new_empty(weight.shape[0])]
             of_layers += [weight, g.contiguous(), *found[-2:]]
-        _call_rows("rows_backward", [temb, dtemb], of_layers, [len(weight) for weight in weights])
+        _call_rows("rows_backward", [temb, dtemb], of_layers, [weight.shape[0] for weight in weights])
         return dtemb[0], *found
 
 
@@ -210,11 +210,18 @@ class _Rows(torch.autograd.Function):
 
 def _cell(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | None]]:
     """The result, and what the backward pass needs of what was made on the way, where that is kept."""
-    C, M = x.shape[1], len(tensors[0])
+    C, M = x.shape[1], tensors[0].shape[0]
     z, y = images(x, M, C)
     kept: list[Any] = images(x, M, C, C, C, C) if keep else [None] * 5
     inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
-    _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], [conv.address for conv in inner], len(tensors[8]) == 1)
+    _call(
+        "cell_forward",
+        x,
+        M,
+        [x, *tensors[:10], z, y, *kept],
+        [conv.address for conv in inner],
+        tensors[8].shape[0] == 1,
+    )
     return y, [z, *kept]
 
 
@@ -230,9 +237,9 @@ class _Cell(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, *tensors = ctx.saved_tensors
         tensors, kept = tensors[:16], tensors[16:]
-        C, M = x.shape[1], len(tensors[0])
+        C, M = x.shape[1], tensors[0].shape[0]
         *room, dx = images(x, M, M, M, M, C, C)
-        of_layers, of_kernels, dab = _empty(tensors[:8]), _empty(tensors[10:]), x.new_empty(len(x), 2 * C)
+        of_layers, of_kernels, dab = _empty(tensors[:8]), _empty(tensors[10:]), x.new_empty(x.shape[0], 2 * C)
         inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
         given = [g.contiguous(memory_format=torch.channels_last), x, *tensors[:8:2], *tensors[8:10], *kept]
         made = [*room, dx, *of_layers, dab, *of_kernels]
@@ -246,7 +253,7 @@ class _Cell(torch.autograd.Function):
 def _tail(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | None]]:
     """The result, and what the backward pass needs of what was made on the way, where that is kept."""
     (B, C, H, W), layers, scales = x.shape, tensors[:10], _Scales(tensors[10:])
-    M = len(layers[6])
+    M = layers[6].shape[0]
     n, mixed, y = images(x, C, C, C)
     sums = mean = row = None
     if layers[1] is not None:
@@ -257,9 +264,8 @@ def _tail(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | N
     kernel, shift = x.new_empty(C, 1, scales.size, scales.size), x.new_empty(C)
     made = [n, sums, mean, row, mixed, y, moments, c, feed_moments, z]
     inner = Inner((kernel, shift), H, W)
-    _call(
-        "tail_forward", x, M, [x, *layers, *made], [inner.address, ctypes.addressof(scales)], EPS, len(layers[0]) == 1
-    )
+    addresses, alike = [inner.address, ctypes.addressof(scales)], layers[0].shape[0] == 1
+    _call("tail_forward", x, M, [x, *layers, *made], addresses, EPS, alike)
     return y, [n, mean, row, mixed, moments, c, feed_moments, z, kernel]
 
 
@@ -283,5 +289,5 @@ class _Tail(torch.autograd.Function):
         room += [x.new_empty(B, C), x.new_empty(B, C)]
         made = [*room, dx, sums, *of_layers, torch.empty_like(kernel), x.new_empty(C)]
         inner, scales = Inner((kernel, None), H, W), _Scales(of_scales)
-        _call("tail_backward", x, len(w1), [*given, *made], [inner.address, ctypes.addressof(scales)], EPS)
+        _call("tail_backward", x, w1.shape[0], [*given, *made], [inner.address, ctypes.addressof(scales)], EPS)
         return dx, sums[:, 0].flatten(1), *of_layers, *of_scales

@@ -31,8 +31,8 @@ class Relaxation(nn.Module):
 
     def alpha(self, t_B: Tensor, temb_BD: Tensor) -> Tensor:
         """Share of the input that is kept, in (0, 1], (B, C, 1, 1)."""
-        decay = F.softplus(self.rho.float())[None] * self.elapsed(t_B.float(), temb_BD)[:, None]
-        return torch.exp(-decay)[:, :, None, None]
+        elapsed_B = self.elapsed(t_B.float(), temb_BD)
+        return torch.exp(F.softplus(self.rho.float()) * -elapsed_B[:, None])[:, :, None, None]
 
     def forward(self, input_BCHW: Tensor, mixed_BCHW: Tensor, t_B: Tensor, temb_BD: Tensor) -> Tensor:
         """Alpha * input + (1 - alpha) * mixed."""
