@@ -84,7 +84,8 @@ static void update(void *data, idx k, idx me) {
 int adamw(const float *const *gradients, float *const *tensors, const idx *sizes, idx count, const rates_t *rates,
           const pool_t *pool, idx threads) {
     float *const *steps = tensors + count * TENSORS;
-    job_t j = {.gradients = gradients, .tensors = tensors, .steps = steps, .sizes = sizes, .count = count, .scale = 1, .rates = rates};
+    job_t j = {.gradients = gradients, .tensors = tensors, .steps = steps, .sizes = sizes, .count = count, .scale = 1,
+               .rates = rates};
     j.first = malloc((count + 1) * sizeof(idx));
     if (!j.first) return 1;
     j.first[0] = 0;

@@ -14,6 +14,7 @@ import torch
 
 from experiments import compose
 from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, loop, trainer
+from liquiddiff.adamw import Update
 from liquiddiff.config import BadInput, Model, Optim
 from liquiddiff.device import deferred_interrupt
 from liquiddiff.ema import EMA
@@ -258,17 +259,16 @@ def test_force_is_refused_while_another_process_holds_the_run(small):
 
 def test_an_infinite_gradient_does_not_reach_a_checkpoint(small, monkeypatch):
     run = compose.plan(small)[1][0]
-    real = torch.nn.utils.clip_grad_norm_
+    real = Update.__call__
     calls = []
 
-    def spoiled(parameters, limit):
-        parameters = list(parameters)
+    def spoiled(update, *args):
         calls.append(1)
         if len(calls) == 7:
-            parameters[0].grad[:] = math.inf
-        return real(parameters, limit)
+            update.optimizer.param_groups[0]["params"][0].grad[:] = math.inf
+        return real(update, *args)
 
-    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", spoiled)
+    monkeypatch.setattr(Update, "__call__", spoiled)
     with pytest.raises(trainer.NonFinite):
         loop.train(run)
     state = checkpoint.load(Record(run).folder)
