@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from analysis import metrics
 from analysis.benchmarks import Bench, Row, images, model_of
-from liquiddiff import checkpoint, flow, tracking
+from liquiddiff import adamw, checkpoint, flow, tracking
 from liquiddiff.config import Run
 from liquiddiff.data import open_data, to_uint8
 from liquiddiff.loop import Log
@@ -65,6 +65,7 @@ def step(bench: Bench) -> Iterator[Row]:
         flushes = run.optim.batch / max(run.optim.batch, run.optim.images // 100)
         saves = run.optim.batch / run.checkpoint_every
         pixels = channels * side**2 / 64  # reading is timed on digits, at either tier
+        times["ema"] = [max(0.0, a - b) for a, b in zip(times["ema"], times.pop("without"), strict=True)]
         shares = []
         for t in (dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)):
             beside = pixels * t["data"] + t["ema"] + scale * t["noise"]
@@ -90,6 +91,7 @@ def _beside(bench: Bench, run: Run, side: int, channels: int, scale: int) -> dic
     batch = run.optim.batch // scale
     trainer, x = bench.trainer(run.model, side, channels), images(batch, channels, side)
     digits, log = open_data(run.data, run.cache), Log(record, run, 0)
+    ema, without = _averaged(bench, run, side, channels)
 
     def flush() -> None:
         for _ in range(max(1, log.every // run.optim.batch)):
@@ -104,11 +106,24 @@ def _beside(bench: Bench, run: Run, side: int, channels: int, scale: int) -> dic
         "step": lambda: trainer.train_step(x),
         "data": lambda: digits.batch(0, 0, run.optim.batch),
         "noise": lambda: flow.draw(0, 0, batch, tuple(x.shape[1:])),
-        "ema": lambda: trainer.ema.update(0.9),
+        "ema": ema,
+        "without": without,
         "log": flush,
         "checkpoint": save,
         "mlflow": lambda: tracking.mirror_to_mlflow(record, {"arm": run.arm}),
     }
+
+
+def _averaged(bench: Bench, run: Run, side: int, channels: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The EMA's update; where it is in the optimizer's pass, that pass; and what of this is not the EMA's."""
+    trainer = bench.trainer(run.model, side, channels)
+    trainer.train_step(images(1, channels, side))  # torch makes the optimizer's state
+    for weight in trainer.model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    whole, part = (adamw.Update(trainer.optimizer, averages) for averages in (trainer.ema.weights, ()))
+    if whole(1.0, 0.9):
+        return lambda: whole(1.0, 0.9), lambda: part(1.0, 0.9)
+    return lambda: trainer.ema.update(0.9), lambda: None
 
 
 def evaluation(bench: Bench) -> Iterator[Row]:

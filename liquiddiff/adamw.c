@@ -4,15 +4,15 @@
 #include "lanes.h"
 
 #define PIECE 16384 /* numbers */
-#define TENSORS 4   /* of a weight: itself, both moments, its average */
+#define TENSORS 4   /* of a weight: itself, both moments, and how many steps it has made, one number */
 
 typedef struct {
     double lr, beta1, beta2, eps, decay, clip, follow; /* follow: how far the average goes to the weight; clip: 0 for none */
 } rates_t;
 
 typedef struct {
-    const float *const *gradients;        /* (count) */
-    float *const *tensors, *const *steps; /* (count, TENSORS); (count), of one number */
+    const float *const *gradients;           /* (count) */
+    float *const *tensors, *const *averages; /* (count, TENSORS); (count), or NULL */
     const idx *sizes;
     idx *first, count; /* the piece that a weight begins with, (count + 1) */
     double *squares;   /* of a piece */
@@ -65,26 +65,27 @@ static void update(void *data, idx k, idx me) {
     idx at, size;
     const idx w = weight_of(j, k, &at, &size);
     const float *g = j->gradients[w] + at;
-    float *const *t = j->tensors + w * TENSORS, *p = t[0] + at, *m = t[1] + at, *v = t[2] + at, *e = t[3] + at;
-    const double step = *j->steps[w], bias1 = 1 - pow(r->beta1, step), bias2 = sqrt(1 - pow(r->beta2, step));
+    float *const *t = j->tensors + w * TENSORS, *p = t[0] + at, *m = t[1] + at, *v = t[2] + at;
+    float *const average = j->averages ? j->averages[w] + at : NULL;
+    const double step = *t[3], bias1 = 1 - pow(r->beta1, step), bias2 = sqrt(1 - pow(r->beta2, step));
     const float scale = j->scale, keep = 1 - r->lr * r->decay, rate = r->lr / bias1, eps = r->eps, inverse = 1 / bias2;
     const float first = 1 - r->beta1, second = 1 - r->beta2, old = r->beta2, follow = r->follow, rest = 1 - r->follow;
     for (idx i = 0; i < size; i += VL) {
         const idx n = size - i < VL ? size - i : VL;
         const vec x = load(g + i, n) * scale, mean = load(m + i, n);
         const vec m1 = mean + first * (x - mean), v1 = load(v + i, n) * old + second * x * x;
-        const vec p1 = load(p + i, n) * keep - rate * (m1 / (root(v1) * inverse + eps)), e0 = load(e + i, n), d = p1 - e0;
+        const vec p1 = load(p + i, n) * keep - rate * (m1 / (root(v1) * inverse + eps));
         store(m + i, m1, n), store(v + i, v1, n), store(p + i, p1, n);
-        store(e + i, follow < 0.5f ? e0 + follow * d : p1 - rest * d, n);
+        if (!average) continue;
+        const vec a = load(average + i, n), d = p1 - a;
+        store(average + i, follow < 0.5f ? a + follow * d : p1 - rest * d, n);
     }
 }
 
-/* tensors: after TENSORS of each weight, how many steps each has made, a number. Returns 0, or 1 when out of memory, and then
- * nothing has changed. */
-int adamw(const float *const *gradients, float *const *tensors, const idx *sizes, idx count, const rates_t *rates,
-          const pool_t *pool, idx threads) {
-    float *const *steps = tensors + count * TENSORS;
-    job_t j = {.gradients = gradients, .tensors = tensors, .steps = steps, .sizes = sizes, .count = count, .scale = 1,
+/* averages may be NULL: then none follow. Returns 0, or 1 when out of memory, and then nothing has changed. */
+int adamw(const float *const *gradients, float *const *tensors, float *const *averages, const idx *sizes, idx count,
+          const rates_t *rates, const pool_t *pool, idx threads) {
+    job_t j = {.gradients = gradients, .tensors = tensors, .averages = averages, .sizes = sizes, .count = count, .scale = 1,
                .rates = rates};
     j.first = malloc((count + 1) * sizeof(idx));
     if (!j.first) return 1;
@@ -100,7 +101,7 @@ int adamw(const float *const *gradients, float *const *tensors, const idx *sizes
         const double scale = rates->clip / (sqrt(sum) + 1e-6);
         j.scale = scale > 1 ? 1 : scale; /* no number stays none */
     }
-    for (idx i = 0; i < count; i++) *steps[i] += 1;
+    for (idx i = 0; i < count; i++) *tensors[i * TENSORS + 3] += 1;
     side_by_side(update, &j, pieces, pool, threads);
     free(j.first), free(j.squares);
     return 0;

@@ -19,12 +19,12 @@ __all__ = ["Update"]
 
 
 class Update:
-    """Clips gradients, makes one step of `optimizer`, and lets `averages`, one a weight, follow the weights."""
+    """Clips gradients, makes one step of `optimizer`, and lets `averages`, one a weight or none, follow the weights."""
 
-    def __init__(self, optimizer: torch.optim.AdamW, averages: Sequence[Tensor]):
+    def __init__(self, optimizer: torch.optim.AdamW, averages: Sequence[Tensor] = ()):
         self.optimizer, self.averages = optimizer, averages
         self._state: Any = None  # that of the optimizer which is known; it is another when one was loaded
-        self._tensors: list[Tensor] = []  # of each weight itself, moments and average; then all counts of steps
+        self._tensors: list[Tensor] = []  # of each weight itself, moments and count of steps; then the averages
         self._pointers: list[int] = []  # where they are
         self._strides: list[tuple[int, ...] | None] = []  # of gradients
 
@@ -46,7 +46,7 @@ class Update:
             self._strides = strides
         group, count = self.optimizer.param_groups[0], len(gradients)
         rates = _Rates(group["lr"], *group["betas"], group["eps"], group["weight_decay"], clip, 1 - decay)
-        pointers = (ctypes.c_void_p * count)(*[g.data_ptr() for g in gradients if g is not None])
+        pointers = _array([g.data_ptr() for g in gradients if g is not None])
         rest = count, ctypes.byref(rates), native.pool(), torch.get_num_threads()
         if library.adamw(pointers, *self._arrays, *rest):
             raise MemoryError("AdamW: out of memory")
@@ -60,21 +60,21 @@ class Update:
         weights, self._state = [w for group in self.optimizer.param_groups for w in group["params"]], None
         if len(self.optimizer.param_groups) != 1 or not all(state.get(weight) for weight in weights):
             return False
-        tensors, steps, sizes = list[Tensor](), [], []
-        for weight, average in zip(weights, self.averages, strict=True):
-            of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], average
+        if len(self.averages) not in (0, len(weights)):
+            raise ValueError(f"{len(self.averages)} averages of {len(weights)} weights")
+        tensors = list[Tensor]()
+        for k, weight in enumerate(weights):
+            of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], *self.averages[k : k + 1]
             if not all(t.is_cpu and t.dtype is torch.float32 and _in_order(weight, t.stride()) for t in of_it):
                 return False
             if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
                 return False
-            tensors += of_it
-            steps.append(state[weight]["step"])
-            sizes.append(weight.numel())
-        self._weights = weights
-        self._tensors = tensors + steps
+            tensors += *of_it[:3], state[weight]["step"]
+        self._weights, self._tensors = weights, [*tensors, *self.averages]
         self._pointers = [t.data_ptr() for t in self._tensors]
-        pointers = ctypes.c_void_p * len(self._pointers)
-        self._arrays = pointers(*self._pointers), (ctypes.c_ssize_t * len(sizes))(*sizes)
+        numbers = [weight.numel() for weight in weights]
+        averages = _array(self._pointers[len(tensors) :]) if self.averages else None
+        self._arrays = _array(self._pointers[: len(tensors)]), averages, (ctypes.c_ssize_t * len(weights))(*numbers)
         self._state = state
         return True
 
@@ -84,6 +84,10 @@ def _in_order(weight: Tensor, strides: tuple[int, ...] | None) -> bool:
     if strides is None or len(strides) != weight.dim():
         return False
     return all(a == b or n == 1 for n, a, b in zip(weight.shape, weight.stride(), strides, strict=True))
+
+
+def _array(pointers: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------
@@ -100,5 +104,5 @@ def _library() -> ctypes.CDLL | None:
     library = native.load("adamw")
     if library is not None:
         pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
-        library.adamw.argtypes = [pointer] * 3 + [index, pointer, pointer, index]
+        library.adamw.argtypes = [pointer] * 4 + [index, pointer, pointer, index]
     return library

@@ -95,6 +95,17 @@ def test_bits_do_not_depend_on_threads():
 
 
 @needs_compiler
+def test_without_averages_the_weights_are_the_same():
+    fit, alone = Fit(), Fit()
+    alone.update = adamw.Update(alone.optimizer)
+    assert fit.run(4) == alone.run(4) == [False, True, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(fit.net.parameters(), alone.net.parameters(), strict=True))
+    alone.update = adamw.Update(alone.optimizer, alone.ema.weights[1:])
+    with pytest.raises(ValueError, match="7 averages of 8 weights"):
+        alone.run(1)
+
+
+@needs_compiler
 def test_goes_on_from_a_loaded_state_and_from_moved_weights():
     whole, fit, other = Fit(), Fit(), Fit()
     whole.run(6)
