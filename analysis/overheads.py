@@ -122,6 +122,7 @@ def _averaged(bench: Bench, run: Run, side: int, channels: int) -> tuple[Callabl
         weight.grad = torch.zeros_like(weight)
     whole, part = (adamw.Update(trainer.optimizer, averages) for averages in (trainer.ema.weights, ()))
     if whole(1.0, 0.9):
+        # The pass with the EMA comes first and finds the caches cold: that counts against the EMA.
         return lambda: whole(1.0, 0.9), lambda: part(1.0, 0.9)
     return lambda: trainer.ema.update(0.9), lambda: None
 

@@ -26,17 +26,22 @@ class Update:
         self._state: Any = None  # that of the optimizer which is known; it is another when one was loaded
         self._tensors: list[Tensor] = []  # of each weight itself, moments and count of steps; then the averages
         self._pointers: list[int] = []  # where they are
+        self._weights: list[Tensor] = []
+        self._arrays: Any = None  # pointers of the weights' tensors and of the averages, and sizes, as C has them
         self._strides: list[tuple[int, ...] | None] = []  # of gradients
+
+    def __reduce__(self) -> Any:
+        return Update, (self.optimizer, self.averages)  # a copy's tensors are elsewhere
 
     def __call__(self, clip: float, decay: float) -> bool:
         """To a norm of `clip` (0: as they are), which leaves the gradients as they were; average * decay + ...
 
         As `nn.utils.clip_grad_norm_`, `optimizer.step()` and `EMA.update`. False, and nothing was done, where it cannot
         be had: the first step, in which torch makes the state; another device, dtype or layout; a weight without a
-        gradient; no compiler; within `depthwise.literal()`. The optimizer's own hooks see nothing. Raises MemoryError.
+        gradient; several groups; no compiler; within `depthwise.literal()`. The optimizer's own hooks see nothing.
+        Raises MemoryError.
         """
-        library = None if is_literal() else _library()
-        if library is None or not self._known():
+        if is_literal() or not self._known() or (library := _library()) is None:
             return False
         gradients = [weight.grad for weight in self._weights]
         strides = [None if g is None else g.stride() for g in gradients]
@@ -50,22 +55,27 @@ class Update:
         rest = count, ctypes.byref(rates), native.pool(), torch.get_num_threads()
         if library.adamw(pointers, *self._arrays, *rest):
             raise MemoryError("AdamW: out of memory")
+        torch.autograd.graph.increment_version([*self._weights, *self.averages])
         return True
 
     def _known(self) -> bool:
         """Whether all tensors but the gradients can be taken; they are looked at again where one has moved."""
-        state = self.optimizer.state
-        if state is self._state and [t.data_ptr() for t in self._tensors] == self._pointers:
-            return True
-        weights, self._state = [w for group in self.optimizer.param_groups for w in group["params"]], None
-        if len(self.optimizer.param_groups) != 1 or not all(state.get(weight) for weight in weights):
+        state, (group, *others) = self.optimizer.state, self.optimizer.param_groups
+        weights = group["params"]
+        if others or group["amsgrad"] or group["maximize"] or not native.plain(*weights[:1]):
+            return False
+        if state is self._state and weights is self._weights and len(weights) == len(self._arrays[2]):
+            if self._pointers == [t.data_ptr() for t in self._tensors]:
+                return True
+        self._state, self._strides = None, []
+        if not all(state.get(weight) for weight in weights):
             return False
         if len(self.averages) not in (0, len(weights)):
             raise ValueError(f"{len(self.averages)} averages of {len(weights)} weights")
         tensors = list[Tensor]()
         for k, weight in enumerate(weights):
             of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], *self.averages[k : k + 1]
-            if not all(t.is_cpu and t.dtype is torch.float32 and _in_order(weight, t.stride()) for t in of_it):
+            if not (native.plain(*of_it, state[weight]["step"]) and all(_in_order(weight, t.stride()) for t in of_it)):
                 return False
             if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
                 return False

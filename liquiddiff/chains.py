@@ -64,7 +64,7 @@ def _fast(image: Tensor, C: int, M: int, layers: Sequence[Layer], row: Tensor) -
 
 
 def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether these are dense float32 layers of such shapes (outputs, inputs); of the image it is known."""
+    """Tell whether these are dense float32 layers of such shapes (outputs, inputs); `eager` was asked of the image."""
     for (weight, bias), shape in zip(layers, shapes, strict=True):
         if not native.plain(weight, bias) or weight.shape != shape or bias.shape != shape[:1]:
             return False

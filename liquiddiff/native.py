@@ -98,8 +98,8 @@ def pool() -> ctypes.Array[ctypes.c_void_p] | None:
         return None
 
 
-# Below, and wherever a step of a small network comes by hundreds of times, `len` of a tensor is not asked: torch has it
-# in Python, and it takes three times as long as `shape[0]`.
+# Here and in fused.py and parts.py, which a step of a network passes hundreds of times, `len` of a tensor is not asked:
+# torch has it in Python, and it takes three times as long as `shape[0]`.
 
 
 def rows_of(B: int, *rows: Tensor) -> list[Tensor]:

@@ -4,8 +4,8 @@ They are: what layers make of the time embedding; a CfC cell; the spatial mix wi
 
 `parts.c` calls the kernels that layers would call one by one (fused.c, pointwise.c, depthwise.c, chains.c). What is
 saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. `cell` and `tail`
-give None where that is not to be had, as the functions of `chains` do. Modules whose weights are given are not called:
-their forward hooks see nothing.
+give None where that is not to be had, as the functions of `chains` do; `ready` is asked before them. Modules whose
+weights are given are not called: their forward hooks see nothing.
 
 Legend: B batch, C channels, H W space, D time embedding, M hidden width, O outputs of a layer.
 """
@@ -45,8 +45,8 @@ def _takes_rows(temb: Tensor, layers: Sequence[Tensor]) -> bool:
     library, D = _library(), temb.shape[1]
     if library is None or D < library.pw_least_inputs() or not temb.is_contiguous():
         return False
-    for weight in layers[::2]:
-        if weight.shape[1] != D or weight.shape[0] < library.pw_least_outputs():
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        if weight.shape[1] != D or weight.shape[0] < library.pw_least_outputs() or bias.shape != weight.shape[:1]:
             return False
     return all(tensor.is_contiguous() for tensor in layers)
 

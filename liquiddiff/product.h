@@ -211,7 +211,7 @@ typedef struct {
     idx chunks, size, O, K;
 } gather_t;
 
-/* Rows of blocks, and after them the bias. */
+/* A row of blocks, or after them the bias. The last row may overlap the one before: its own weights alone are written. */
 static void gather_part(void *data, idx r, idx me) {
     const gather_t *j = data;
     const idx O = j->O, K = j->K, rows = count(HEIGHT, O), width = count(PANEL, K) * HEIGHT * PANEL, n = r < rows ? width : O;
@@ -219,9 +219,9 @@ static void gather_part(void *data, idx r, idx me) {
     for (idx k = 1; k < j->chunks; k++)
         for (idx i = 0; i < n; i++) sums[i] += sums[k * j->size + i];
     if (r == rows && j->db) memcpy(j->db, sums, O * sizeof(float));
-    for (idx c = 0; r < rows && c < count(PANEL, K); c++)
-        for (idx i = 0; i < HEIGHT; i++, sums += PANEL)
-            memcpy(j->dw + (start(r, HEIGHT, O) + i) * K + start(c, PANEL, K), sums, PANEL * sizeof(float));
+    for (idx c = 0; r < rows && c < count(PANEL, K); c++, sums += HEIGHT * PANEL)
+        for (idx i = r * HEIGHT - start(r, HEIGHT, O); i < HEIGHT; i++)
+            memcpy(j->dw + (start(r, HEIGHT, O) + i) * K + start(c, PANEL, K), sums + i * PANEL, PANEL * sizeof(float));
 }
 
 /* The chunks' sums, each `size` after the one before, to dw (O, K) and db (O), which may be NULL. */

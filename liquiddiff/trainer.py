@@ -54,7 +54,9 @@ class RectifiedFlowTrainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), self.optim.lr, (b1, b2), weight_decay=self.optim.weight_decay, fused=True
         )
-        self._update = adamw.Update(self.optimizer, self.ema.weights)
+        # Not of several processes: each would find for itself whether it can be had, and weights are never compared.
+        alone = self.device.type == "cpu" and self.precision != "fp16" and distributed.size() == 1
+        self._update = adamw.Update(self.optimizer, self.ema.weights) if alone else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self) -> Any:
@@ -97,13 +99,13 @@ class RectifiedFlowTrainer:
         losses = self.losses(self.forward, images_BCHW, noise_BCHW, t_B)
         loss = losses[:number].sum() / count if part else losses.mean()
         self.scaler.scale(loss * distributed.size() if part else loss).backward()  # gradients are averaged, not added
-        self.images += count
-        decay = self.ema.decay(self.images, count)
-        at_once = not self.scaler.is_enabled() and self._update(self.optim.clip, decay)
+        decay = self.ema.decay(self.images + count, count)
+        at_once = self._update is not None and self._update(self.optim.clip, decay)
         if not at_once:
             self._clip_and_step()
         self.ema.update(decay, weights=not at_once)
         self.optimizer.zero_grad(set_to_none=True)
+        self.images += count
         return {"loss": loss.detach(), "lr": lr}
 
     def _clip_and_step(self) -> None:

@@ -139,8 +139,29 @@ def test_what_it_cannot_take_is_left_to_torch():
     fit.gradients()
     assert not fit.update(1.0, 0.9)
     assert all(torch.equal(a, b) for a, b in zip(before, fit.tensors(), strict=True))
+    for options in ({"amsgrad": True}, {"maximize": True}):
+        assert Fit(**options).run(3) == [False] * 3
+    fit = Fit()
+    fit.run(2)
+    fit.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    fit.gradients()
+    assert not fit.update(1.0, 0.9)
     double = Fit(dtype=torch.float64)
     assert double.run(3) == [False] * 3
+
+
+@needs_compiler
+def test_a_copy_has_its_own_and_a_graph_that_is_out_of_date_is_told():
+    fit, whole = Fit(), Fit()
+    fit.run(3)
+    whole.run(5)
+    other = copy.deepcopy(fit)
+    assert other.run(2) == [True] * 2
+    assert_equal(other, whole)
+    loss = other.net[0].weight.square().sum()
+    other.run(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
 @needs_compiler

@@ -304,3 +304,6 @@ def test_a_row_that_nothing_depends_on_and_one_of_another_width():
     assert layers[1].weight.grad is None or not layers[1].weight.grad.any()
     with pytest.raises(RuntimeError):
         parts.rows(temb, nn.Linear(31, 40))
+    layers[0].bias = nn.Parameter(torch.ones(1))
+    exact = layers[0](nn.functional.silu(temb))
+    torch.testing.assert_close(parts.rows(temb, *layers)[0], exact)
