@@ -214,14 +214,8 @@ def _cell(keep: bool, x: Tensor, *tensors: Any) -> tuple[Tensor, list[Tensor | N
     z, y = images(x, M, C)
     kept: list[Any] = images(x, M, C, C, C, C) if keep else [None] * 5
     inner = [Inner(tensors[k : k + 2], *x.shape[2:]) for k in (10, 12, 14)]
-    _call(
-        "cell_forward",
-        x,
-        M,
-        [x, *tensors[:10], z, y, *kept],
-        [conv.address for conv in inner],
-        tensors[8].shape[0] == 1,
-    )
+    addresses, alike = [conv.address for conv in inner], tensors[8].shape[0] == 1
+    _call("cell_forward", x, M, [x, *tensors[:10], z, y, *kept], addresses, alike)
     return y, [z, *kept]
 
 
