@@ -173,7 +173,7 @@ static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) 
 #define SHAPE idx B, idx P, idx C, idx M, RUN
 #define JOB .cut = cut(B, P), .C = C, .M = M
 
-int chain_least(void) { return PANEL; } /* C and M */
+int chain_least(void) { return least_inputs(); } /* C and M */
 
 /* modulation: scales and shifts, (B, 2 C); where `alike`, here and below, a row is one of all images. moments (B, P, 2) and
  * z (B, P, M) are for the backward pass, or NULL both. No dimension is 0. Returns 0, or 1 when out of memory; so do all

@@ -68,8 +68,8 @@ static void backward(void *data, idx k, idx me) {
         backward_tile(j, n, sums, j->room + me * j->each);
 }
 
-int pw_least_outputs(void) { return HEIGHT; } /* of what has a weight gradient */
-int pw_least_inputs(void) { return PANEL; }
+int pw_least_outputs(void) { return least_outputs(); } /* of what has a weight gradient */
+int pw_least_inputs(void) { return least_inputs(); }
 
 /* conv, whose H W are P, may be NULL; so may row (B, K), which needs `in`, bias and more; before, what SiLU is of,
  * (B, P, O), and c, what conv gives, (B, P, K), are written where they are not NULL. No dimension is 0. Returns 0, or 1

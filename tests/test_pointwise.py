@@ -24,6 +24,7 @@ SHAPES = [
     (1, 40, 1, 1, 1),
     (1, 256, 64, 33, 33),
     (40, 33, 32, 5, 6),
+    (2, 100, 120, 3, 13),  # panels, strips and part of one, of outputs and of inputs
 ]
 KINDS = ["plain", "then", "add", "first", "first and row", "first, row and add"]
 KINDS += ["of 3", "of 7, then", "of 5, first, row and add"]  # of a depthwise convolution
