@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-FILES = {"network": ("product", "fused", "pointwise", "chains", "parts")}  # of a library, where it is not the one of its name
+FILES = {"network": ("product", "fused", "pointwise", "chains", "parts")}  # where it is not the one of a library's name
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 
 
