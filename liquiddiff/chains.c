@@ -173,11 +173,9 @@ static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) 
 #define SHAPE idx B, idx P, idx C, idx M, RUN
 #define JOB .cut = cut(B, P), .C = C, .M = M
 
-int chain_least(void) { return least_inputs(); } /* C and M */
-
-/* modulation: scales and shifts, (B, 2 C); where `alike`, here and below, a row is one of all images. moments (B, P, 2) and
- * z (B, P, M) are for the backward pass, or NULL both. No dimension is 0. Returns 0, or 1 when out of memory; so do all
- * below. */
+/* C and M >= product_least_inputs, here and below. modulation: scales and shifts, (B, 2 C); where `alike`, a row is one of all
+ * images. moments (B, P, 2) and z (B, P, M) are for the backward pass, or NULL both. No dimension is 0. Returns 0, or 1 when
+ * out of memory. */
 int feed_forward_forward(const float *x, const float *modulation, const float *w1, const float *b1, const float *w2,
                          const float *b2, float *y, float *moments, float *z, float eps, idx alike, SHAPE) {
     job_t j = {JOB, .alike = alike, .x = x, .row = {modulation}, .y = y, .moments = moments, .out = {z}, .eps = eps,

@@ -60,7 +60,7 @@ def _fast(image: Tensor, C: int, M: int, layers: Sequence[Layer], row: Tensor) -
     if not image.is_contiguous(memory_format=torch.channels_last) or not usual(layers, [(M, C), (C, M)]):
         return False
     library = _library()
-    return library is not None and min(C, M) >= library.chain_least()
+    return library is not None and min(C, M) >= library.product_least_inputs()
 
 
 def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:

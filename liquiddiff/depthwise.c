@@ -20,7 +20,7 @@
 
 #define CHANNEL(k, C) ((k) * VL + VL <= (C) ? (k) * VL : (C) - VL) /* the last block overlaps: the same values twice */
 
-enum { EDGE, WHOLE }; /* a tile that asks which inputs exist (lo <= p < hi); a tile that is the whole row */
+enum { EDGE, WHOLE }; /* a tile that asks which inputs beside it exist (lo <= p < hi); a tile that is the whole row */
 #define OUTSIDE(p) (((p) < R && (kind == WHOLE || (p) < lo)) || ((p) >= R + T && (kind == WHOLE || (p) >= hi)))
 
 /* y[t] = bias + sum_ij x[i][t + j] * w[i][j] over the kernel rows that exist; other[t] for bias where there is one. */

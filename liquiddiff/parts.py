@@ -43,10 +43,10 @@ def _takes_rows(temb: Tensor, layers: Sequence[Tensor]) -> bool:
     if is_literal() or not native.eager(temb, *layers) or temb.dim() != 2 or not temb.numel():
         return False
     library, D = _library(), temb.shape[1]
-    if library is None or D < library.pw_least_inputs() or not temb.is_contiguous():
+    if library is None or D < library.product_least_inputs() or not temb.is_contiguous():
         return False
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        if weight.shape[1] != D or weight.shape[0] < library.pw_least_outputs() or bias.shape != weight.shape[:1]:
+        if weight.shape[1] != D or weight.shape[0] < library.product_least_outputs() or bias.shape != weight.shape[:1]:
             return False
     return all(tensor.is_contiguous() for tensor in layers)
 
@@ -115,7 +115,7 @@ def ready(x_BCHW: Tensor, M: int) -> bool:
     if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         return False
     library = _library()
-    return library is not None and min(x_BCHW.shape[1], M) >= library.chain_least()
+    return library is not None and min(x_BCHW.shape[1], M) >= library.product_least_inputs()
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

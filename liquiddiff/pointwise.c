@@ -68,9 +68,6 @@ static void backward(void *data, idx k, idx me) {
         backward_tile(j, n, sums, j->room + me * j->each);
 }
 
-int pw_least_outputs(void) { return least_outputs(); } /* of what has a weight gradient */
-int pw_least_inputs(void) { return least_inputs(); }
-
 /* conv, whose H W are P, may be NULL; so may row (B, K), which needs `in`, bias and more; before, what SiLU is of,
  * (B, P, O), and c, what conv gives, (B, P, K), are written where they are not NULL. No dimension is 0. Returns 0, or 1
  * when out of memory. */
@@ -89,8 +86,8 @@ int pw_forward(const float *x, const float *row, const float *w, const float *bi
 }
 
 /* g (B, P, O): gradient of y; x: c, where there is a conv; `before` as kept by the forward pass, or NULL where out is 0.
- * drow, dx may be NULL; so may dw, and db with it. O >= pw_least_outputs, K >= pw_least_inputs where dw is not. Returns
- * 0, or 1 when out of memory. */
+ * drow, dx may be NULL; so may dw, and db with it; with dw, O >= product_least_outputs, K >= product_least_inputs.
+ * Returns 0, or 1 when out of memory. */
 int pw_backward(const float *g, const float *x, const float *row, const float *w, const float *before, float *dx, float *dw,
                 float *db, float *drow, idx B, idx P, idx K, idx O, int in, int out, const pool_t *pool, idx threads) {
     job_t j = {.g = g, .x = x, .row = row, .before = before, .dx = dx, .cut = cut(B, P), .K = K, .O = O, .in = in, .out = out,

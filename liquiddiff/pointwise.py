@@ -68,7 +68,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, ro
     if add is not None and not (add.shape == (*x.shape[:3], outputs) and add.is_contiguous()):
         return False
     library = _library()
-    return library is not None and outputs >= library.pw_least_outputs() and C >= library.pw_least_inputs()
+    return library is not None and outputs >= library.product_least_outputs() and C >= library.product_least_inputs()
 
 
 @functools.cache

@@ -5,14 +5,12 @@
  * beside whole panels is in strips, of TALL rows. */
 #ifdef __AVX512F__
 #define PANEL (4 * VL)
-#define ROWS 6
-#define TALL 8
 #else
 #define PANEL (2 * VL)
-#define ROWS 6
-#define TALL 4
 #endif
 #define STRIP (2 * VL)
+#define ROWS 6
+#define TALL (VL / 2)
 #define FEW 4 /* rows, where fewer than ROWS are left */
 #define MOST (ROWS > TALL ? ROWS : TALL)
 #define GATHERED (32 * 1024) /* fewer sums than this are not worth a second thread */
@@ -26,8 +24,8 @@ typedef struct {
     int back;
 } pack_t;
 
-/* Panels first, then strips: how many of them hold `all`, where one begins, how wide it is. */
-INLINE idx panels(idx all) { return all / PANEL + count(STRIP, all % PANEL); }
+/* Panels first, then strips: how many strips `all` needs, where one of either begins, how wide it is. */
+INLINE idx strips(idx all) { return count(STRIP, all % PANEL); }
 INLINE idx panel_at(idx p, idx all) { return p * PANEL <= all ? p * PANEL : all / PANEL * PANEL + (p - all / PANEL) * STRIP; }
 INLINE idx panel_width(idx first, idx all) { return first + PANEL <= all ? PANEL : STRIP; }
 
@@ -70,9 +68,9 @@ static void pack_panel(void *data, idx p, idx me) {
 
 /* Each panel or strip is (K, width), zeros past the last output. */
 float *packed(const float *w, idx O, idx K, int back, const pool_t *pool, idx threads) {
-    const idx inputs = back ? O : K, all = back ? K : O, n = panels(all);
+    const idx inputs = back ? O : K, all = back ? K : O;
     pack_t j = {.w = w, .to = floats(count(STRIP, all) * STRIP * inputs), .O = O, .K = K, .back = back};
-    if (j.to) side_by_side(pack_panel, &j, n, pool, all * inputs < 65536 ? 1 : threads);
+    if (j.to) side_by_side(pack_panel, &j, all / PANEL + strips(all), pool, all * inputs < 65536 ? 1 : threads);
     return j.to;
 }
 
@@ -137,8 +135,8 @@ void product(int then, idx rows, const float *x, idx K, const float *w, idx O, o
 
 INLINE idx start(idx k, idx width, idx all) { return (k + 1) * width <= all ? k * width : all - width; }
 
-idx least_outputs(void) { return MOST; }
-idx least_inputs(void) { return STRIP; }
+int product_least_outputs(void) { return MOST; }
+int product_least_inputs(void) { return STRIP; }
 
 /* Of a weight gradient (O, K): panels and strips side by side, and rows of blocks in either. */
 typedef struct {
@@ -146,8 +144,7 @@ typedef struct {
 } blocks_t;
 
 INLINE blocks_t blocks(idx O, idx K) {
-    const idx panels = K / PANEL, strips = count(STRIP, K % PANEL);
-    return (blocks_t){panels, strips, panels ? count(ROWS, O) : 0, strips ? count(TALL, O) : 0};
+    return (blocks_t){K / PANEL, strips(K), K < PANEL ? 0 : count(ROWS, O), strips(K) ? count(TALL, O) : 0};
 }
 
 /* Of the blocks one after the other, then (O) of the bias. */
@@ -193,12 +190,17 @@ typedef struct {
     idx chunks, size, O, K;
 } gather_t;
 
+/* The chunks' sums, n from `sums` on of each, added to the first's. */
+static void add_chunks(const gather_t *j, float *sums, idx n) {
+    for (idx k = 1; k < j->chunks; k++)
+        for (idx i = 0; i < n; i++) sums[i] += sums[k * j->size + i];
+}
+
 /* Row r of blocks, `height` x `width` each, of which the first begins at column `first`. Where they overlap what is before
  * them, their own weights alone are written: others may be writing those. */
 static void gather_row(const gather_t *j, float *sums, idx r, idx height, idx first, idx width, idx n) {
     const idx top = start(r, height, j->O);
-    for (idx k = 1; k < j->chunks; k++)
-        for (idx i = 0; i < n * height * width; i++) sums[i] += sums[k * j->size + i];
+    add_chunks(j, sums, n * height * width);
     for (idx left = first; n--; left += width, sums += height * width) {
         const idx over = left + width <= j->K ? 0 : left + width - j->K;
         for (idx i = r * height - top; i < height; i++)
@@ -216,8 +218,7 @@ static void gather_part(void *data, idx k, idx me) {
     else if (k < b.low + b.tall) gather_row(j, sums, k - b.low, TALL, b.panels * PANEL, STRIP, b.strips);
     else {
         sums = j->sums + j->size - j->O;
-        for (idx n = 1; n < j->chunks; n++)
-            for (idx i = 0; i < j->O; i++) sums[i] += sums[n * j->size + i];
+        add_chunks(j, sums, j->O);
         if (j->db) memcpy(j->db, sums, j->O * sizeof(float));
     }
 }

@@ -82,14 +82,10 @@ typedef struct {
 /* W as `product` reads it; NULL when out of memory. `back`: W^T. */
 INNER float *packed(const float *w, idx O, idx K, int back, const pool_t *pool, idx threads);
 
-/* y = x W^T + bias, x (rows, K), by the packed w. */
+/* y = x W^T + bias, x (rows, K), by the packed w, and then what `then` says. */
 INNER void product(int then, idx rows, const float *x, idx K, const float *w, idx O, out_t out);
 
-/* Of a product that has a weight gradient, O and K are at least these. */
-INNER idx least_outputs(void);
-INNER idx least_inputs(void);
-
-/* Floats of one chunk's sums of a weight gradient, and of the bias's. */
+/* Floats of one chunk's sums of a weight gradient, and of the bias's. O >= product_least_outputs, K >= product_least_inputs. */
 INNER idx sums_of(idx O, idx K);
 
 /* dw = g^T x, db = sum g: adds those of a tile, g (rows, O) and x (rows, K), to a chunk's sums. */
