@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its upper limit
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap, which would give back each that is above 32 MB
 
 
 def reset_peak(device: torch.device) -> None:
