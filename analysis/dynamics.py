@@ -96,7 +96,7 @@ def gates_and_alphas(net: "nn.Module", x_BCHW: "Tensor", noise_BCHW: "Tensor", t
     rows: dict[str, Row] = {}
 
     def watch(name: str) -> Any:
-        return lambda block, inputs, named, output: rows.update({name: observed(block, *inputs, **named)})
+        return lambda block, inputs, named, output: rows.update({name: observed(block, *inputs[:3], **named)})
 
     handles = [block.register_forward_hook(watch(name), with_kwargs=True) for name, block in blocks(net).items()]
     t_B = torch.full((len(x_BCHW),), t)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from liquiddiff import chains, fused, parts
 from liquiddiff.config import Model, choose
-from liquiddiff.depthwise import DepthwiseConv2d, Kernel, is_literal, merge_kernels
+from liquiddiff.depthwise import DepthwiseConv2d, is_literal, merge_kernels
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 
 
@@ -25,7 +25,7 @@ class AdaLN(nn.Module):
 
     def rows(self, temb_BD: Tensor) -> Tensor:
         """Scales and, beside them, shifts, (B, 2 C)."""
-        return parts.rows(temb_BD, self.modulation)[0]
+        return parts.rows(temb_BD, [[self.modulation]])[0][0]
 
     def forward(self, x_BCHW: Tensor, rows_B2C: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; and x itself, of which the rest of the block goes on (see fused.adaln)."""
@@ -61,13 +61,13 @@ class SpatialMix(nn.Module):
             pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
             return self.out(n, x_BCHW, first=True, row_BC=pooled)
         # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
-        kernels, biases = zip(*self.kernels(), strict=True)
-        merged = merge_kernels(kernels), functools.reduce(torch.add, biases)
+        kernels = self.kernels()
+        merged = merge_kernels(kernels[::2]), functools.reduce(torch.add, kernels[1::2])
         return self.out(n, x_BCHW, first=True, row_BC=pooled, of=merged)
 
-    def kernels(self) -> list[Kernel]:
-        """Weight and bias of each of the parallel convolutions."""
-        return [cast(DepthwiseConv2d, scale).kernel() for scale in self.scales]
+    def kernels(self) -> list[Tensor]:
+        """Weight and bias of one of the parallel convolutions after the other."""
+        return cast(list[Tensor], parts.weights(*self.scales._modules.values()))
 
 
 class FeedForward(nn.Module):
@@ -110,21 +110,38 @@ class LiquidDiffusionBlock(nn.Module):
         )
         self.feed_forward = FeedForward(C, D, model.ffn_ratio)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def timed(self) -> list[list[nn.Linear]]:
+        """Layers of the time embedding, whose rows a block takes: those of its norms, and the mixer's own."""
+        spatial, own = self.spatial, getattr(self.mixer, "timed", None)
+        norms = [self.norm, self.feed_forward.norm, *([] if spatial is None else [spatial.norm])]
+        return [[norm.modulation for norm in norms], own() if own is not None else []]
+
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows: list[list[Tensor]] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W). rows: what `timed` makes of temb, where that is known already."""
         spatial, feed = self.spatial, self.feed_forward
-        norms = [self.norm, feed.norm] if spatial is None else [self.norm, feed.norm, spatial.norm]
-        first, last, *between = parts.rows(temb_BD, *(norm.modulation for norm in norms))
-        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first)
-        if spatial is None:
-            return feed(x_BCHW, last)
-        if not spatial.concat and parts.ready(x_BCHW, feed.expand.weight.shape[0]):
-            pool = None if spatial.pool is None else (spatial.pool.weight, spatial.pool.bias)
-            layers = spatial.out.layer(), last, feed.expand.layer(), feed.contract.layer()
-            done = parts.tail(x_BCHW, between[0], spatial.kernels(), pool, *layers)
+        (first, last, *between), own = parts.rows(temb_BD, self.timed()) if rows is None else rows
+        if spatial is None or spatial.concat or not parts.ready(x_BCHW):
+            x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first, own)
+            return feed(x_BCHW if spatial is None else spatial(x_BCHW, *between), last)
+        rest = [*between, last], parts.weights(spatial.pool, spatial.out, feed.expand, feed.contract), spatial.kernels()
+        law: Any = self.relaxation
+        mixed = self._known(own)
+        if mixed is not None:
+            alpha = law.alpha and law.alpha(t_B, temb_BD)
+            done = parts.block(x_BCHW, mixed, alpha, law.replaces_residual, first, *rest)
             if done is not None:
                 return done
-        return feed(spatial(x_BCHW, *between), last)
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first, own)
+        done = parts.block(x_BCHW, None, None, False, None, *rest)
+        return feed(spatial(x_BCHW, *between), last) if done is None else done
+
+    def _known(self, rows: list[Tensor]) -> parts.Mixed | None:
+        """The mixer as parts.py knows it; None if that, or the law, is another, or if a hook watches it."""
+        mixer: Any = self.mixer
+        watched = mixer._forward_hooks or mixer._forward_pre_hooks or mixer._backward_hooks or mixer._backward_pre_hooks
+        if watched or not (hasattr(mixer, "mixed") and hasattr(self.relaxation, "alpha")):
+            return None
+        return mixer.mixed(rows)
 
     def in_steps(self, step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
         """The same by `step(function, *tensors)`, each of which ends with a product.
@@ -142,18 +159,24 @@ class LiquidDiffusionBlock(nn.Module):
 
     def _mixed(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, z_BMHW: Tensor | None = None) -> Tensor:
         """All but the feed-forward; `z` is what the mixer's `first` gave."""
-        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, self.norm.rows(temb_BD), z_BMHW)
+        x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, self.norm.rows(temb_BD), [], z_BMHW)
         return x_BCHW if self.spatial is None else self.spatial(x_BCHW, self.spatial.norm.rows(temb_BD))
 
     def _relaxed(
-        self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows_B2C: Tensor, z_BMHW: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        temb_BD: Tensor,
+        t_B: Tensor,
+        rows_B2C: Tensor,
+        own: list[Tensor],
+        z_BMHW: Tensor | None = None,
     ) -> Tensor:
-        """The mixer under its relaxation; `rows` of the norm before it."""
+        """The mixer under its relaxation; `rows` of the norm before it, and the mixer's own where they are known."""
         n, x_BCHW = self.norm(x_BCHW, rows_B2C)
         mixer: Any = self.mixer
-        y = mixer(n, temb_BD, t_B) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
+        y = mixer(n, temb_BD, t_B, *own) if z_BMHW is None else mixer.rest(z_BMHW, temb_BD, t_B)
         if self.relaxation.replaces_residual:
             return self.relaxation(x_BCHW, y, t_B, temb_BD)
         if alpha := getattr(self.relaxation, "alpha", None):  # the same as below, in one pass
-            return fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD).flatten(1))
+            return fused.relax_add(x_BCHW, n, y, alpha(t_B, temb_BD))
         return x_BCHW + self.relaxation(n, y, t_B, temb_BD)

@@ -37,6 +37,7 @@ static void layer_grad(const layer_t *l, idx chunk, idx rows, const float *g, co
 typedef struct job {
     const float *x, *row[2], *in[4];
     float *y, *out[3], *moments, *rows, *room; /* rows: (tiles, wide), gradients of what is one row for an image */
+    const relax_t *relax;
     const depthwise_t *conv[2];                /* or NULL */
     float *taps[2], eps;
     cut_t cut;
@@ -100,34 +101,57 @@ static void feed_forward_grad(const job_t *j, tile_t t, idx k, idx chunk, float 
     layer_grad(&j->layer[1], chunk, t.rows, g, active, slope, dz);
     adaln(t.rows, C, x, scale, j->eps, normed, NULL, NULL);
     layer_grad(&j->layer[0], chunk, t.rows, dz, normed, NULL, dn);
-    adaln_grad(t.rows, C, dn, x, g, scale, NULL, 0, j->moments + t.at * 2, j->y + t.at * C, j->rows + k * 2 * C);
+    adaln_grad(t.rows, C, dn, NULL, x, g, scale, NULL, 0, j->moments + t.at * 2, j->y + t.at * C, j->rows + k * 2 * C);
 }
 
-/* --- depthwise-separable: y = W2 ((1 + scale) SiLU(z)) + b2, z = W1 c + b1, c = x or a depthwise convolution of it --*/
+/* --- a mixer's output on the residual, relaxed: y = x + m + alpha (kept - m) -------------------------------------*/
 
-/* out: z and c kept, or NULL */
+/* m: one tile of it */
+static void relaxed(const job_t *j, tile_t t, const float *m) {
+    const relax_t *r = j->relax;
+    const idx at = t.at * j->C;
+    relax(t.rows, j->C, r->x ? r->x + at : NULL, r->alpha ? r->kept + at : NULL, m,
+          r->alpha ? r->alpha + (j->alike ? 0 : t.b * j->C) : NULL, j->y + at);
+}
+
+/* The gradient of m, which is dm, room for it, or that of y; alpha's is added to `sums`. */
+static const float *relaxed_grad(const job_t *j, tile_t t, const float *m, float *dm, float *sums) {
+    const relax_t *r = j->relax;
+    const idx at = t.at * j->C;
+    const float *g = j->in[0] + at;
+    if (!r || !r->alpha) return g;
+    relax_grad(t.rows, j->C, g, r->kept + at, m, r->alpha + t.b * j->C, r->dkept + at, dm, sums);
+    return dm;
+}
+
+/* --- depthwise-separable: m = W2 ((1 + scale) SiLU(z)) + b2, z = W1 c + b1, c = x or a depthwise convolution of it --*/
+
+/* out: z, c and m kept, or NULL */
 static void separable(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
-    const idx M = j->M;
-    const float *scale = row(j, 0, t, M), *x = j->x + t.at * j->C;
-    float *active = room, *c = j->out[1] ? j->out[1] + t.at * j->C : room + TILE * M;
-    if (j->conv[0]) convolve(j->conv[0], t, j->C, j->x, j->taps[0], c), x = c;
-    product(SILU, t.rows, x, j->C, j->layer[0].packed, M,
+    const idx C = j->C, M = j->M, at = t.at * C;
+    const float *scale = row(j, 0, t, M), *x = j->x + at;
+    float *active = room, *c = j->out[1] ? j->out[1] + at : room + TILE * M;
+    float *m = !j->relax ? j->y + at : j->out[2] ? j->out[2] + at : room + TILE * (M + C);
+    if (j->conv[0]) convolve(j->conv[0], t, C, j->x, j->taps[0], c), x = c;
+    product(SILU, t.rows, x, C, j->layer[0].packed, M,
             (out_t){.bias = j->layer[0].bias, .y = active, .before = j->out[0] ? j->out[0] + t.at * M : NULL});
     for (idx r = 0; r < t.rows * M; r += M) {
         const idx C = M;
         CHANNELS(store(active + r + c, load(active + r + c, n) * (1.0f + load(scale + c, n)), n);)
     }
-    product(PLAIN, t.rows, active, M, j->layer[1].packed, j->C, (out_t){.bias = j->layer[1].bias, .y = j->y + t.at * j->C});
+    product(PLAIN, t.rows, active, M, j->layer[1].packed, C, (out_t){.bias = j->layer[1].bias, .y = m});
+    if (j->relax) relaxed(j, t, m);
 }
 
-/* x: c; in: the gradient of y, z; y: the gradient of c */
+/* x: c; in: the gradient of y, z, m; y: the gradient of c */
 static void separable_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
-    const idx M = j->M;
+    const idx C = j->C, M = j->M;
     const layer_t *contract = &j->layer[1];
-    const float *g = j->in[0] + t.at * j->C, *scale = j->row[0] + t.b * M;
-    float *active = room, *slope = active + TILE * M, *dz = slope + TILE * M, *dscale = j->rows + k * M;
+    const float *scale = j->row[0] + t.b * M;
+    float *active = room, *slope = active + TILE * M, *dz = slope + TILE * M, *dscale = j->rows + k * j->wide;
+    const float *g = relaxed_grad(j, t, j->in[2] ? j->in[2] + t.at * C : NULL, dz + TILE * M, dscale + M);
     activate(t.rows, M, j->in[1] + t.at * M, NULL, active, slope);
-    product(PLAIN, t.rows, g, j->C, contract->back, M, (out_t){.y = dz});
+    product(PLAIN, t.rows, g, C, contract->back, M, (out_t){.y = dz});
     for (idx r = 0; r < t.rows * M; r += M) {
         const idx C = M;
         CHANNELS(
@@ -136,32 +160,35 @@ static void separable_grad(const job_t *j, tile_t t, idx k, idx chunk, float *ro
             store(dz + r + c, d * up * load(slope + r + c, n), n);
             store(active + r + c, a * up, n);)
     }
-    weight_gradient(t.rows, g, j->C, active, M, contract->sums + chunk * contract->size);
-    layer_grad(&j->layer[0], chunk, t.rows, dz, j->x + t.at * j->C, NULL, j->y + t.at * j->C);
+    weight_gradient(t.rows, g, C, active, M, contract->sums + chunk * contract->size);
+    layer_grad(&j->layer[0], chunk, t.rows, dz, j->x + t.at * C, NULL, j->y + t.at * C);
 }
 
-/* --- heads of a CfC cell: y = s g + (1 - s) h, s = sigmoid(a f - b), f = Wf z, g = Wg SiLU(u), h = Wh SiLU(v), u and v
+/* --- heads of a CfC cell: m = s g + (1 - s) h, s = sigmoid(a f - b), f = Wf z, g = Wg SiLU(u), h = Wh SiLU(v), u and v
  * depthwise convolutions of z ----------------------------------------------------------------------------------*/
 
 /* layers f, g, h; x: z, (B, P, M); conv: u, v; row: a, b; out: f, g, h kept, or NULL */
 static void heads(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx C = j->C, M = j->M;
-    float *active = room, *to[3];
+    float *active = room, *m = room + TILE * M, *to[3];
     for (int i = 0; i < 3; i++) {
-        to[i] = j->out[0] ? j->out[i] + t.at * C : room + TILE * (M + i * C);
+        to[i] = j->out[0] ? j->out[i] + t.at * C : m + TILE * (1 + i) * C;
         if (i) convolve(j->conv[i - 1], t, M, j->x, j->taps[i - 1], active), activate(t.rows, M, active, NULL, active, NULL);
         product(PLAIN, t.rows, i ? active : j->x + t.at * M, M, j->layer[i].packed, C,
                 (out_t){.bias = j->layer[i].bias, .y = to[i]});
     }
-    gate(t.rows, C, to[0], to[1], to[2], row(j, 0, t, C), row(j, 1, t, C), j->y + t.at * C);
+    gate(t.rows, C, to[0], to[1], to[2], row(j, 0, t, C), row(j, 1, t, C), m);
+    relaxed(j, t, m);
 }
 
 /* in: the gradient of y, f, g, h; out: gradients of what the products take: z (from f alone), u, v */
 static void heads_grad(const job_t *j, tile_t t, idx k, idx chunk, float *room) {
     const idx C = j->C, M = j->M, at = t.at * C;
+    const float *f = j->in[1] + at, *g = j->in[2] + at, *h = j->in[3] + at, *a = j->row[0] + t.b * C, *b = j->row[1] + t.b * C;
     float *active = room, *slope = active + TILE * M, *d = slope + TILE * M, *each[3] = {d, d + TILE * C, d + 2 * TILE * C};
-    gate_grad(t.rows, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->in[3] + at, j->row[0] + t.b * C, j->row[1] + t.b * C,
-              each[0], each[1], each[2], j->rows + k * 2 * C);
+    float *m = d + 3 * TILE * C, *sums = j->rows + k * j->wide;
+    if (j->relax->alpha) gate(t.rows, C, f, g, h, a, b, m);
+    gate_grad(t.rows, C, relaxed_grad(j, t, m, m, sums + 2 * C), f, g, h, a, b, each[0], each[1], each[2], sums);
     for (int i = 0; i < 3; i++) {
         if (i) convolve(j->conv[i - 1], t, M, j->x, j->taps[i - 1], active), activate(t.rows, M, active, NULL, active, slope);
         layer_grad(&j->layer[i], chunk, t.rows, each[i], i ? active : j->x + t.at * M, i ? slope : NULL, j->out[i] + t.at * M);
@@ -193,44 +220,48 @@ int feed_forward_backward(const float *g, const float *x, const float *modulatio
     return run(&j, dmodulation, pool, threads);
 }
 
-/* scale (B, M); conv, whose H W are P, may be NULL; z (B, P, M) and what conv gives, c (B, P, C), are for the backward
- * pass, or NULL. */
+/* scale (B, M); conv, whose H W are P, may be NULL; relax too: then y is m. z (B, P, M), what conv gives, c (B, P, C), and
+ * m, which is needed where there is an alpha, are for the backward pass, or NULL. */
 int separable_forward(const float *x, const float *scale, const float *w1, const float *b1, const float *w2, const float *b2,
-                      float *y, float *z, float *c, const depthwise_t *conv, idx alike, SHAPE) {
-    job_t j = {JOB, .alike = alike, .x = x, .row = {scale}, .y = y, .out = {z, c}, .conv = {conv}, .layers = 2,
-               .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
-               .each = TILE * (C + M), .body = separable};
+                      float *y, float *z, float *c, float *m, const depthwise_t *conv, const relax_t *relax, idx alike,
+                      SHAPE) {
+    job_t j = {JOB, .alike = alike, .x = x, .row = {scale}, .y = y, .out = {z, c, m}, .conv = {conv}, .relax = relax,
+               .layers = 2, .layer = {{.w = w1, .bias = b1, .O = M, .K = C}, {.w = w2, .bias = b2, .O = C, .K = M}},
+               .each = TILE * (2 * C + M), .body = separable};
     return run(&j, NULL, pool, threads);
 }
 
-/* c: x, where there is no conv */
+/* c: x, where there is no conv. drows: of scale and, beside it, of alpha where there is one, (B, M + C). */
 int separable_backward(const float *g, const float *c, const float *scale, const float *w1, const float *w2, const float *z,
-                       float *dc, float *dscale, float *dw1, float *db1, float *dw2, float *db2, SHAPE) {
-    job_t j = {JOB, .x = c, .row = {scale}, .in = {g, z}, .y = dc, .layers = 2, .wide = M,
+                       const float *m, float *dc, float *drows, float *dw1, float *db1, float *dw2, float *db2,
+                       const relax_t *relax, SHAPE) {
+    job_t j = {JOB, .x = c, .row = {scale}, .in = {g, z, m}, .y = dc, .relax = relax, .layers = 2,
                .layer = {{.w = w1, .dw = dw1, .db = db1, .O = M, .K = C}, {.w = w2, .dw = dw2, .db = db2, .O = C, .K = M}},
-               .each = TILE * 3 * M, .body = separable_grad};
-    return run(&j, dscale, pool, threads);
+               .wide = relax && relax->alpha ? M + C : M, .each = TILE * (3 * M + C), .body = separable_grad};
+    return run(&j, drows, pool, threads);
 }
 
 /* kf, kg, kh: f, g, h, (B, P, C), for the backward pass, or NULL all. */
 int heads_forward(const float *z, const float *a, const float *b, const float *wf, const float *bf, const float *wg,
                   const float *bg, const float *wh, const float *bh, float *y, float *kf, float *kg, float *kh,
-                  const depthwise_t *u, const depthwise_t *v, idx alike, SHAPE) {
-    job_t j = {JOB, .alike = alike, .x = z, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .conv = {u, v}, .layers = 3,
+                  const depthwise_t *u, const depthwise_t *v, const relax_t *relax, idx alike, SHAPE) {
+    job_t j = {JOB, .alike = alike, .x = z, .row = {a, b}, .y = y, .out = {kf, kg, kh}, .conv = {u, v}, .relax = relax,
+               .layers = 3,
                .layer = {{.w = wf, .bias = bf, .O = C, .K = M}, {.w = wg, .bias = bg, .O = C, .K = M},
                          {.w = wh, .bias = bh, .O = C, .K = M}},
-               .each = TILE * (M + 3 * C), .body = heads};
+               .each = TILE * (M + 4 * C), .body = heads};
     return run(&j, NULL, pool, threads);
 }
 
-/* dz is f's share alone. dab: of a and, beside it, b, (B, 2 C) */
+/* dz is f's share alone. drows: of a, b and, where there is one, alpha, side by side, (B, 3 C) */
 int heads_backward(const float *dy, const float *z, const float *a, const float *b, const float *wf, const float *wg,
                    const float *wh, const float *f, const float *g, const float *h, float *dz, float *du, float *dv,
-                   float *dab, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh, float *dbh, const depthwise_t *u,
-                   const depthwise_t *v, SHAPE) {
-    job_t j = {JOB, .x = z, .in = {dy, f, g, h}, .row = {a, b}, .out = {dz, du, dv}, .conv = {u, v}, .layers = 3,
+                   float *drows, float *dwf, float *dbf, float *dwg, float *dbg, float *dwh, float *dbh, const depthwise_t *u,
+                   const depthwise_t *v, const relax_t *relax, SHAPE) {
+    job_t j = {JOB, .x = z, .in = {dy, f, g, h}, .row = {a, b}, .out = {dz, du, dv}, .conv = {u, v}, .relax = relax,
+               .layers = 3, .wide = relax->alpha ? 3 * C : 2 * C,
                .layer = {{.w = wf, .dw = dwf, .db = dbf, .O = C, .K = M}, {.w = wg, .dw = dwg, .db = dbg, .O = C, .K = M},
                          {.w = wh, .dw = dwh, .db = dbh, .O = C, .K = M}},
-               .wide = 2 * C, .each = TILE * (2 * M + 3 * C), .body = heads_grad};
-    return run(&j, dab, pool, threads);
+               .each = TILE * (2 * M + 4 * C), .body = heads_grad};
+    return run(&j, drows, pool, threads);
 }

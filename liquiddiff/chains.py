@@ -49,7 +49,9 @@ def separable(x_BCHW: Tensor, kernel: Kernel | None, expand: Layer, scale_BM: Te
     if torch.is_grad_enabled():
         return _Separable.apply(x_BCHW, scale_BM, *weights, *of)
     y = torch.empty_like(x_BCHW)
-    _call("separable_forward", x_BCHW, M, [x_BCHW, scale_BM, *weights, y, None, None], [_inner(x_BCHW, *of)])
+    _call(
+        "separable_forward", x_BCHW, M, [x_BCHW, scale_BM, *weights, y, None, None, None], [_inner(x_BCHW, *of), None]
+    )
     return y
 
 
@@ -77,7 +79,7 @@ def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
 
 POINTERS = {
     **{"feed_forward_forward": 9, "feed_forward_backward": 13},
-    **{"separable_forward": 10, "separable_backward": 12},
+    **{"separable_forward": 12, "separable_backward": 14},
 }
 EPS = 1e-5  # of the norm
 
@@ -152,7 +154,9 @@ class _Separable(torch.autograd.Function):
         shift: Tensor | None,
     ) -> Tensor:
         (y, z), c = images(x, x.shape[1], len(w1)), None if kernel is None else torch.empty_like(x)
-        _call("separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c], [_inner(x, kernel, shift)])
+        _call(
+            "separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c, None], [_inner(x, kernel, shift), None]
+        )
         ctx.save_for_backward(x, c, scale, w1, b1, w2, b2, z, kernel)
         return y
 
@@ -162,7 +166,7 @@ class _Separable(torch.autograd.Function):
         x, c, scale, w1, b1, w2, b2, z, kernel = ctx.saved_tensors
         g = g.contiguous(memory_format=torch.channels_last)
         dc, *grads = _empty((x, scale, w1, b1, w2, b2))
-        _call("separable_backward", x, len(w1), [g, x if c is None else c, scale, w1, w2, z, dc, *grads])
+        _call("separable_backward", x, len(w1), [g, x if c is None else c, scale, w1, w2, z, None, dc, *grads, None])
         if kernel is None:
             return dc, *grads, None, None
         need = ctx.needs_input_grad

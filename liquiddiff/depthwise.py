@@ -164,7 +164,7 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     lanes: int  # the least number of channels
-    entries: tuple[int, ...]  # addresses of dw_pack, dw_span and dw_backward
+    entries: ctypes.Array[ctypes.c_void_p]  # addresses of dw_pack, dw_span and dw_backward
 
 
 @functools.cache
@@ -176,8 +176,14 @@ def _library(kernel_size: int) -> _Library | None:
     library.dw_forward.argtypes = [pointer] * 4 + [index] * 4 + [pointer, index]
     library.dw_backward.argtypes = [pointer] * 7 + [index] * 4 + [pointer, index]
     entries = (library.dw_pack, library.dw_span, library.dw_backward)
-    addresses = tuple(ctypes.cast(entry, pointer).value or 0 for entry in entries)
+    addresses = (pointer * 3)(*(ctypes.cast(entry, pointer) for entry in entries))
     return _Library(library.dw_forward, library.dw_backward, library.dw_lanes(), addresses)
+
+
+def entries(kernel_size: int, channels: int) -> ctypes.Array[ctypes.c_void_p] | None:
+    """The C functions of that size of kernel, as `Inner` begins with them; None where they cannot be had."""
+    library = _library(kernel_size) if kernel_size in KERNEL_SIZES and not _literal else None
+    return library.entries if library is not None and library.lanes <= channels else None
 
 
 class Inner(ctypes.Structure):

@@ -6,14 +6,15 @@ INLINE vec existing(vec v, idx n) { /* zero past the end */
     return v;
 }
 
-#define TOGETHER 4 /* rows: the steps of one row's norm wait for each other, those of several do not */
+#define NORMS 8 /* rows together: the steps of one row's norm wait for each other, those of several do not */
+#define GRADS 4
 #define EACH_ROW UNROLL for (int r = 0; r < rows; r++)
 
 INLINE void adaln_rows(const int rows, idx C, const float *x, const float *scale, float eps, float *y, float *moments,
                        float *sums) {
     const float *shift = scale + C, each = 1.0f / C;
-    vec sum[TOGETHER] = {{0}}, squares[TOGETHER] = {{0}};
-    float mean[TOGETHER], rstd[TOGETHER];
+    vec sum[NORMS] = {{0}}, squares[NORMS] = {{0}};
+    float mean[NORMS], rstd[NORMS];
     CHANNELS(EACH_ROW sum[r] += load(x + r * C + c, n);)
     EACH_ROW mean[r] = total(sum[r]) * each;
     CHANNELS(EACH_ROW { const vec d = existing(load(x + r * C + c, n) - mean[r], n); squares[r] += d * d; })
@@ -34,37 +35,55 @@ INLINE void adaln_rows(const int rows, idx C, const float *x, const float *scale
  * standard deviation of each row, or NULL; sums (C), which y is added to, or NULL. */
 static void adaln(idx rows, idx C, const float *x, const float *scale, float eps, float *y, float *moments, float *sums) {
     for (idx r = 0; r < rows;) {
-        const idx all = r + TOGETHER <= rows;
+        const idx all = r + NORMS <= rows;
         float *at = moments ? moments + 2 * r : NULL;
-        if (all) adaln_rows(TOGETHER, C, x + r * C, scale, eps, y + r * C, at, sums);
+        if (all) adaln_rows(NORMS, C, x + r * C, scale, eps, y + r * C, at, sums);
         else adaln_rows(1, C, x + r * C, scale, eps, y + r * C, at, sums);
-        r += all ? TOGETHER : 1;
+        r += all ? NORMS : 1;
     }
 }
 
-/* With n = LayerNorm(x) and d = (1 + scale) g: dx = rstd (d - mean(d) - n mean(d n)), to which `other` is added where there
- * is one; to sums (2, C) are added dscale = sum g n and dshift = sum g. pooled: added to each row of g, `share` of it. */
-static void adaln_grad(idx rows, idx C, const float *g, const float *x, const float *other, const float *scale,
-                       const float *pooled, float share, const float *moments, float *dx, float *sums) {
+INLINE void adaln_grad_rows(const int rows, idx C, const float *g, const float *more, const float *x, const float *other,
+                            const float *scale, const float *pooled, float share, const float *moments, float *dx,
+                            float *sums) {
     const float each = 1.0f / C;
-    for (idx r = 0; r < rows; r++, g += C, x += C, dx += C, other += other ? C : 0) {
-        const float mean = *moments++, rstd = *moments++;
-        vec sum = {0}, dot = {0};
-        CHANNELS(
-            const vec normed = (load(x + c, n) - mean) * rstd;
-            vec grad = load(g + c, n);
+    vec sum[GRADS] = {{0}}, dot[GRADS] = {{0}};
+    float mean_d[GRADS], mean_dot[GRADS];
+    CHANNELS(
+        const vec up = 1.0f + load(scale + c, n);
+        vec of_scale = load(sums + c, n), of_shift = load(sums + C + c, n);
+        EACH_ROW {
+            const vec normed = (load(x + r * C + c, n) - moments[2 * r]) * moments[2 * r + 1];
+            vec grad = load(g + r * C + c, n);
+            if (more) grad += load(more + r * C + c, n);
             if (pooled) grad += load(pooled + c, n) * share;
-            const vec d = grad * (1.0f + load(scale + c, n));
-            sum += d, dot += d * normed;
-            add(sums + c, grad * normed, n);
-            add(sums + C + c, grad, n);
-            store(dx + c, d, n);)
-        const float mean_d = total(sum) * each, mean_dot = total(dot) * each;
-        CHANNELS(
-            const vec normed = (load(x + c, n) - mean) * rstd;
-            vec d = rstd * (load(dx + c, n) - mean_d - normed * mean_dot);
-            if (other) d += load(other + c, n);
-            store(dx + c, d, n);)
+            const vec d = grad * up;
+            sum[r] += d, dot[r] += d * normed;
+            of_scale += grad * normed, of_shift += grad;
+            store(dx + r * C + c, d, n);
+        }
+        store(sums + c, of_scale, n), store(sums + C + c, of_shift, n);)
+    EACH_ROW mean_d[r] = total(sum[r]) * each, mean_dot[r] = total(dot[r]) * each;
+    CHANNELS(EACH_ROW {
+        const vec normed = (load(x + r * C + c, n) - moments[2 * r]) * moments[2 * r + 1];
+        vec d = moments[2 * r + 1] * (load(dx + r * C + c, n) - mean_d[r] - normed * mean_dot[r]);
+        APART(d);
+        if (other) d += load(other + r * C + c, n);
+        store(dx + r * C + c, d, n);
+    })
+}
+
+/* With n = LayerNorm(x) and d = (1 + scale) g: dx = rstd (d - mean(d) - n mean(d n)), to which `other` is added where there
+ * is one; to sums (2, C) are added dscale = sum g n and dshift = sum g. more: added to g, or NULL; pooled: added to each row
+ * of g, `share` of it. */
+static void adaln_grad(idx rows, idx C, const float *g, const float *more, const float *x, const float *other,
+                       const float *scale, const float *pooled, float share, const float *moments, float *dx, float *sums) {
+    for (idx r = 0; r < rows;) {
+        const idx all = r + GRADS <= rows, at = r * C;
+        const float *m = more ? more + at : NULL, *o = other ? other + at : NULL;
+        if (all) adaln_grad_rows(GRADS, C, g + at, m, x + at, o, scale, pooled, share, moments + 2 * r, dx + at, sums);
+        else adaln_grad_rows(1, C, g + at, m, x + at, o, scale, pooled, share, moments + 2 * r, dx + at, sums);
+        r += all ? GRADS : 1;
     }
 }
 
@@ -89,4 +108,25 @@ static void gate_grad(idx rows, idx C, const float *dy, const float *f, const fl
             store(dh + c, low, n);
             add(sums + c, d * v, n);
             add(sums + C + c, -d, n);)
+}
+
+/* y = x + mixed + alpha (kept - mixed); alpha is (C), or NULL: nothing is kept. Without x (NULL) it is not added. */
+static void relax(idx rows, idx C, const float *x, const float *kept, const float *mixed, const float *alpha, float *y) {
+    for (idx r = 0; r < rows; r++, mixed += C, y += C, kept += alpha ? C : 0, x += x ? C : 0)
+        CHANNELS(
+            vec v = load(mixed + c, n);
+            if (alpha) v = v + load(alpha + c, n) * (load(kept + c, n) - v);
+            if (x) v += load(x + c, n);
+            store(y + c, v, n);)
+}
+
+/* Its gradients where there is an alpha, but x's, which is g; to sums (C), or NULL, is added alpha's. dmixed may be mixed. */
+static void relax_grad(idx rows, idx C, const float *g, const float *kept, const float *mixed, const float *alpha,
+                       float *dkept, float *dmixed, float *sums) {
+    for (idx r = 0; r < rows; r++, g += C, kept += C, mixed += C, dkept += C, dmixed += C)
+        CHANNELS(
+            const vec grad = load(g + c, n), up = grad * load(alpha + c, n);
+            if (sums) add(sums + c, grad * (load(kept + c, n) - load(mixed + c, n)), n);
+            store(dkept + c, up, n);
+            store(dmixed + c, grad - up, n);)
 }

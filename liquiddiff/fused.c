@@ -40,7 +40,6 @@ static void run(job_t *j, const pool_t *pool, idx threads) {
 
 #define TAIL idx B, idx P, idx C, idx length, RUN
 #define SHAPE .B = B, .P = P, .C = C, .piece = length
-#define UNPACK const idx C = j->C, from = (b * j->P + first) * C, to = (b * j->P + last) * C;
 
 /* --- y = (1 + scale) * LayerNorm(x) + shift, and the mean of y over positions ----------------------------------*/
 
@@ -52,12 +51,12 @@ static void adaln_piece(const job_t *j, idx b, idx first, idx last, float *sums)
           j->moments ? j->moments + at * 2 : NULL, sums);
 }
 
-/* row[1], where there is one, is the gradient of the mean of y */
+/* in: the gradient of y, more of it, x, other; row[1], where there is one, is the gradient of the mean of y */
 static void adaln_grad_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
     const idx at = b * j->P + first, C = j->C;
-    adaln_grad(last - first, C, j->in[0] + at * C, j->in[1] + at * C, j->in[2] ? j->in[2] + at * C : NULL,
-               j->row[0] + b * 2 * C, j->row[1] ? j->row[1] + b * C : NULL, 1.0f / j->P, j->moments + at * 2,
-               j->out[0] + at * C, sums);
+    adaln_grad(last - first, C, j->in[0] + at * C, j->in[1] ? j->in[1] + at * C : NULL, j->in[2] + at * C,
+               j->in[3] ? j->in[3] + at * C : NULL, j->row[0] + b * 2 * C, j->row[1] ? j->row[1] + b * C : NULL,
+               1.0f / j->P, j->moments + at * 2, j->out[0] + at * C, sums);
 }
 
 void adaln_forward(const float *x, const float *modulation, float *y, float *moments, float *sums, float eps, idx alike,
@@ -67,9 +66,9 @@ void adaln_forward(const float *x, const float *modulation, float *y, float *mom
     run(&j, pool, threads);
 }
 
-void adaln_backward(const float *g, const float *x, const float *other, const float *modulation, const float *pooled,
-                    const float *moments, float *dx, float *sums, TAIL) {
-    job_t j = {.in = {g, x, other}, .row = {modulation, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
+void adaln_backward(const float *g, const float *more, const float *x, const float *other, const float *modulation,
+                    const float *pooled, const float *moments, float *dx, float *sums, TAIL) {
+    job_t j = {.in = {g, more, x, other}, .row = {modulation, pooled}, .moments = (float *)moments, .out = {dx}, .sums = sums,
                .kinds = 2, .body = adaln_grad_piece, SHAPE};
     run(&j, pool, threads);
 }
@@ -101,38 +100,25 @@ void gate_backward(const float *grad, const float *f, const float *g, const floa
 
 /* --- out = x + alpha n + (1 - alpha) y -------------------------------------------------------------------------*/
 
-static void relax(const job_t *j, idx b, idx first, idx last, float *sums) {
-    UNPACK
-    const float *alpha = j->row[0] + (j->alike ? 0 : b * C);
-    for (idx at = from; at < to; at += C) {
-        const float *x = j->in[0] + at, *kept = j->in[1] + at, *mixed = j->in[2] + at;
-        CHANNELS(
-            const vec y = load(mixed + c, n);
-            store(j->out[0] + at + c, load(x + c, n) + (y + load(alpha + c, n) * (load(kept + c, n) - y)), n);)
-    }
+static void relax_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
+    const idx C = j->C, at = (b * j->P + first) * C;
+    relax(last - first, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->row[0] + (j->alike ? 0 : b * C), j->out[0] + at);
 }
 
-static void relax_grad(const job_t *j, idx b, idx first, idx last, float *sums) {
-    UNPACK
-    const float *alpha = j->row[0] + b * C;
-    for (idx at = from; at < to; at += C) {
-        const float *kept = j->in[1] + at, *mixed = j->in[2] + at;
-        CHANNELS(
-            const vec g = load(j->in[0] + at + c, n), up = g * load(alpha + c, n);
-            store(j->out[0] + at + c, up, n);
-            store(j->out[1] + at + c, g - up, n);
-            if (sums) add(sums + c, g * (load(kept + c, n) - load(mixed + c, n)), n);)
-    }
+static void relax_grad_piece(const job_t *j, idx b, idx first, idx last, float *sums) {
+    const idx C = j->C, at = (b * j->P + first) * C;
+    relax_grad(last - first, C, j->in[0] + at, j->in[1] + at, j->in[2] + at, j->row[0] + b * C, j->out[0] + at,
+               j->out[1] + at, sums);
 }
 
 void relax_forward(const float *x, const float *kept, const float *mixed, const float *alpha, float *out, idx alike, TAIL) {
-    job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .alike = alike, .body = relax, SHAPE};
+    job_t j = {.in = {x, kept, mixed}, .row = {alpha}, .out = {out}, .alike = alike, .body = relax_piece, SHAPE};
     run(&j, pool, threads);
 }
 
 void relax_backward(const float *g, const float *kept, const float *mixed, const float *alpha, float *dkept,
                     float *dmixed, float *sums, TAIL) {
     job_t j = {.in = {g, kept, mixed}, .row = {alpha}, .out = {dkept, dmixed}, .sums = sums, .kinds = 1,
-               .body = relax_grad, SHAPE};
+               .body = relax_grad_piece, SHAPE};
     run(&j, pool, threads);
 }

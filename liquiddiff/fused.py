@@ -168,7 +168,7 @@ def _parts(images: Tensor) -> Iterator[slice]:
 # --- the C library ---------------------------------------------------------------------------------------------------
 
 POINTERS = {  # of each function; then the shape, and what runs it
-    **{"adaln_forward": 5, "adaln_backward": 8, "gate_forward": 6, "gate_backward": 10},
+    **{"adaln_forward": 5, "adaln_backward": 9, "gate_forward": 6, "gate_backward": 10},
     **{"relax_forward": 5, "relax_backward": 7},
 }
 
@@ -234,7 +234,7 @@ class _AdaLN(torch.autograd.Function):
         dx, sums = _like(x), sums_of(x, 2)
         other = None if g_x is None else _dense(g_x)
         pooled = None if g_mean is None else g_mean.contiguous()
-        _call("adaln_backward", x, [g, x, other, modulation, pooled, moments, dx, sums])
+        _call("adaln_backward", x, [g, None, x, other, modulation, pooled, moments, dx, sums])
         return dx, sums[:, 0].flatten(1), None, None
 
 

@@ -55,6 +55,15 @@ INLINE void add(float *p, vec v, idx n) { store(p, load(p, n) + v, n); }
         if (c < C) { const idx n = C - c; __VA_ARGS__ }            \
     }
 
+/* Keeps a product apart from a sum that follows: in one instruction they are rounded once, and compilers choose freely. */
+#if defined __AVX512F__
+#define APART(v) __asm__("" : "+v"(v))
+#elif defined __AVX__
+#define APART(v) __asm__("" : "+x"(v))
+#else
+#define APART(v) __asm__("" : "+m"(v))
+#endif
+
 INLINE float total(vec v) {
 #if defined __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);

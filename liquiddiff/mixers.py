@@ -3,11 +3,14 @@
 To add one: a class with `__init__(slot, config)` and one line in `MIXERS`. Every mixer has one width knob,
 `slot.hidden`, which budget.py solves so that mixers are compared at equal parameters or multiply-adds.
 
+Two more methods are for speed: what the layers of `timed()` make of the embedding is computed for all blocks at once,
+and given after t; `mixed(rows)` tells parts.py of a mixer that it knows.
+
 Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_dim), M hidden width (slot.hidden).
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +52,18 @@ class CfC(nn.Module):
         self.time_a = nn.Linear(D, C) if timed else None
         self.time_b = nn.Linear(D, C) if timed else None
 
+    def timed(self) -> list[nn.Linear]:
+        """What makes the gate's a and b."""
+        return [] if self.time_a is None or self.time_b is None else [self.time_a, self.time_b]
+
     @staticmethod
     def _head(M: int, C: int, config: Mixer) -> nn.Sequential:
         spatial = [DepthwiseConv2d(M, 3), nn.SiLU()] if config.head_conv else []
         return Head(*spatial, WIRINGS[config.wiring](M, C, head=True))
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BC: Tensor) -> Tensor:
         """See the class."""
-        done = self._at_once(x_BCHW, temb_BD)
-        if done is not None:
-            return done
-        return self._rest(self.backbone(x_BCHW, then=True, of=self.context.kernel()), temb_BD, t_B)
+        return self._rest(self.backbone(x_BCHW, then=True, of=self.context.kernel()), temb_BD, t_B, *rows_BC)
 
     def first(self, x_BCHW: Tensor) -> Tensor:
         """Up to the first product, (B, M, H, W): `rest` of it is the cell (see LiquidDiffusionBlock.in_steps)."""
@@ -69,7 +73,7 @@ class CfC(nn.Module):
         """What follows `first`."""
         return self._rest(F.silu(z_BMHW), temb_BD, t_B)
 
-    def _rest(self, z: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+    def _rest(self, z: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BC: Tensor) -> Tensor:
         g = self.g(z)  # (B, C, H, W)
         h = self.h(z) if self.h is not None else None
         if self.head_tanh:
@@ -79,21 +83,20 @@ class CfC(nn.Module):
         if self.f is None:
             return 0.5 * (g + h)
         f = self.f(z)  # (B, C, H, W)
-        if self.time_a is not None and self.time_b is not None:
-            return fused.gate_blend(f, g, h, *parts.rows(temb_BD, self.time_a, self.time_b))
+        if self.gate == "time":
+            a_BC, b_BC = rows_BC or parts.rows(temb_BD, [self.timed()])[0]
+            return fused.gate_blend(f, g, h, a_BC, b_BC)
         logit = -f * t_B[:, None, None, None].to(f.dtype) if self.gate == "literal" else f
         return torch.lerp(h, g, torch.sigmoid(logit))
 
-    def _at_once(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor | None:
-        """The published cell in one call, where that is to be had."""
-        if self.gate != "time" or len(self.g) == 1 or self.head_tanh:
+    def mixed(self, rows: list[Tensor]) -> parts.Mixed | None:
+        """The published cell, for a whole block in one call; None of another, which a subclass may be."""
+        if type(self) is not CfC or self.gate != "time" or len(self.g) == 1 or self.head_tanh:
             return None
-        if not parts.ready(x_BCHW, self.backbone.weight.shape[0]):
-            return None
-        cell = cast(Any, self)
-        kernels = [cell.context.kernel(), cell.g[0].kernel(), cell.h[0].kernel()]
-        layers = [cell.backbone.layer(), cell.f.layer(), cell.g[-1].layer(), cell.h[-1].layer()]
-        return parts.cell(x_BCHW, kernels, layers, *parts.rows(temb_BD, cell.time_a, cell.time_b))
+        own: Any = self._modules
+        (dwg, _, g), (dwh, _, h) = (own[name]._modules.values() for name in "gh")
+        weights = parts.weights(own["context"], own["backbone"], own["f"], dwg, g, dwh, h)
+        return parts.Mixed("cell", weights, rows)
 
 
 class Head(nn.Sequential):
@@ -147,13 +150,23 @@ class Conv(nn.Module):
         self.scale = ZeroLinear(D, M)
         self.contract = Pointwise(M, C)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
-        """See the class."""
-        return self.separable(x_BCHW, temb_BD, self.context.kernel())
+    def timed(self) -> list[nn.Linear]:
+        """What makes the scale."""
+        return [self.scale]
 
-    def separable(self, x_BCHW: Tensor, temb_BD: Tensor, of: Kernel | None = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BM: Tensor) -> Tensor:
+        """See the class."""
+        return self.separable(x_BCHW, temb_BD, *rows_BM, of=self.context.kernel())
+
+    def mixed(self, rows: list[Tensor]) -> parts.Mixed | None:
+        """The same, for a whole block in one call; None of a subclass."""
+        if type(self) is not Conv:
+            return None
+        return parts.Mixed("separable", parts.weights(self.context, self.expand, self.contract), rows)
+
+    def separable(self, x_BCHW: Tensor, temb_BD: Tensor, *rows_BM: Tensor, of: Kernel | None = None) -> Tensor:
         """Both products, after a depthwise convolution where `of` is one."""
-        (scale,) = parts.rows(temb_BD, self.scale)
+        (scale,) = rows_BM or parts.rows(temb_BD, [self.timed()])[0]
         done = chains.separable(x_BCHW, of, self.expand.layer(), scale, self.contract.layer())
         if done is not None:
             return done
@@ -173,11 +186,11 @@ class ConvGated(Conv):
         self.squeeze = nn.Linear(C, rank, bias=False)
         self.excite = nn.Linear(rank, C)
 
-    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BM: Tensor) -> Tensor:
         """See the class."""
         c = self.context(x_BCHW)
         gate = torch.sigmoid(self.excite(self.squeeze(c.mean((2, 3)))))
-        return self.separable(c * per_channel(gate), temb_BD)
+        return self.separable(c * per_channel(gate), temb_BD, *rows_BM)
 
 
 class Identity(nn.Module):

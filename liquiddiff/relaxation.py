@@ -30,13 +30,13 @@ class Relaxation(nn.Module):
         return t_B.abs()
 
     def alpha(self, t_B: Tensor, temb_BD: Tensor) -> Tensor:
-        """Share of the input that is kept, in (0, 1], (B, C, 1, 1)."""
+        """Share of the input that is kept, in (0, 1], (B, C), or (B, 1) where it is of all channels."""
         elapsed_B = self.elapsed(t_B.float(), temb_BD)
-        return torch.exp(F.softplus(self.rho.float()) * -elapsed_B[:, None])[:, :, None, None]
+        return torch.exp(F.softplus(self.rho.float()) * -elapsed_B[:, None])
 
     def forward(self, input_BCHW: Tensor, mixed_BCHW: Tensor, t_B: Tensor, temb_BD: Tensor) -> Tensor:
         """Alpha * input + (1 - alpha) * mixed."""
-        alpha = self.alpha(t_B, temb_BD)  # in float32: bfloat16 would round 1 - alpha by up to 9 %
+        alpha = self.alpha(t_B, temb_BD)[:, :, None, None]  # in float32: bfloat16 would round 1 - alpha by up to 9 %
         wide = torch.promote_types(mixed_BCHW.dtype, torch.float32)
         return torch.lerp(mixed_BCHW.to(wide), input_BCHW.to(wide), alpha.to(wide)).to(mixed_BCHW.dtype)
 
@@ -90,8 +90,8 @@ class Linear(nn.Module):
         super().__init__()
 
     def alpha(self, t_B: Tensor, temb_BD: Tensor) -> Tensor:
-        """1 - t, (B, 1, 1, 1)."""
-        return (1 - t_B.abs().float())[:, None, None, None]
+        """1 - t, (B, 1)."""
+        return (1 - t_B.abs().float())[:, None]
 
     forward = Relaxation.forward
 
@@ -100,6 +100,7 @@ class NoRelaxation(nn.Module):
     """The mixer's output as it is."""
 
     shared = replaces_residual = False
+    alpha = None  # nothing of the input is kept
 
     def __init__(self, dim: int):
         super().__init__()

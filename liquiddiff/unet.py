@@ -7,16 +7,17 @@ Inside, activations are channels-last in memory. Shapes: B batch, C channels, H 
                                    down -- level 2, middle, fuse, level 2 -- up
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from liquiddiff import parts
 from liquiddiff.block import LiquidDiffusionBlock
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import is_literal
@@ -119,13 +120,28 @@ class LiquidDiffusionUNet(
             ZeroConv2d(channels[0], in_channels, 3, padding=1),
         )
 
-    def _run(self, blocks: Iterable[Any], step: Callable[..., Tensor], x: Tensor, temb: Tensor, t: Tensor) -> Tensor:
+    def _run(
+        self,
+        blocks: Iterable[Any],
+        step: Callable[..., Tensor],
+        x: Tensor,
+        temb: Tensor,
+        t: Tensor,
+        rows: Iterator[Any],
+    ) -> Tensor:
         for block in blocks:
-            if self.checkpointing:
-                x = step(block, x, temb, t)
+            if step is plainly:
+                x = block(x, temb, t, next(rows))
             else:
-                x = block(x, temb, t) if step is plainly else block.in_steps(step, x, temb, t)
+                x = step(block, x, temb, t) if self.checkpointing else block.in_steps(step, x, temb, t)
         return x
+
+    def _rows(self, temb: Tensor) -> Iterator[Any]:
+        """Of one block after the other, what it takes of the time embedding: in one call for all of them."""
+        levels = [*self.encoder, self.middle, *reversed(self.decoder)]
+        timed = [cast(Any, block).timed() for level in levels for block in level.children()]
+        rows = iter(parts.rows(temb, [group for groups in timed for group in groups]))
+        return zip(rows, rows, strict=True)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t, (B, C, H, W). Raises ValueError where H or W is not divisible by the stride."""
@@ -139,19 +155,20 @@ class LiquidDiffusionUNet(
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         lean = self.checkpointing or (H * W >= LARGE and low_precision(x_BCHW) is not None)
         step = again if lean and torch.is_grad_enabled() else plainly
+        rows = self._rows(temb) if step is plainly else iter(())
         x = step(self.stem, x_BCHW)
         if not (is_literal() or transformed()):
             x = x.contiguous(memory_format=torch.channels_last)  # not yet, where one channel has let torch choose
         skips = []
         for i, level in enumerate(self.encoder):
-            x = self._run(level.children(), step, x, temb, t_B)  # (B, C_i, H / 2^i, W / 2^i)
+            x = self._run(level.children(), step, x, temb, t_B, rows)  # (B, C_i, H / 2^i, W / 2^i)
             skips.append(x)
             if i < len(self.down):
                 x = self.down[i](x)
-        x = self._run(self.middle.children(), step, x, temb, t_B)
+        x = self._run(self.middle.children(), step, x, temb, t_B, rows)
         for i in reversed(range(len(self.decoder))):
             x = step(partial(self._join, i), x, skips.pop())
-            x = self._run(self.decoder[i].children(), step, x, temb, t_B)
+            x = self._run(self.decoder[i].children(), step, x, temb, t_B, rows)
             if i > 0:
                 x = step(partial(self._double, i - 1), x)
         return step(self.head, x)

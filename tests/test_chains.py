@@ -13,8 +13,9 @@ from liquiddiff import parts
 from liquiddiff.block import FeedForward, LiquidDiffusionBlock
 from liquiddiff.config import Mixer, Model
 from liquiddiff.depthwise import literal
-from liquiddiff.mixers import MIXERS, Slot
+from liquiddiff.mixers import MIXERS, CfC, Pointwise, Slot
 from liquiddiff.relaxation import LAWS
+from liquiddiff.unet import LiquidDiffusionUNet
 
 impl = [importlib.import_module(f"liquiddiff.{name}") for name in ("chains", "parts")]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -29,15 +30,24 @@ SHAPES = [
     (3, 8, 12, 5, 4),
 ]
 D = 40  # width of the time embedding
+BLOCKS = {  # mixer, law, what else
+    "block": ("identity", "none", {}),
+    "block_without_pool": ("identity", "none", {"mix_pool": False}),
+    "block_of_cfc": ("cfc", "liquid", {}),
+    "block_of_cfc_without_law": ("cfc", "none", {"mix_kernels": [3, 5]}),
+    "block_of_cfc_for_residual": ("cfc", "residual", {"mix_pool": False}),
+    "block_of_conv": ("conv", "constant", {}),
+    "block_of_conv_without_law": ("conv", "none", {}),
+    "block_of_conv_for_residual": ("conv", "residual", {}),
+}
 NODES = {
     "feed_forward": "_FeedForwardBackward",
-    "cfc": "_CellBackward",
     "conv": "_SeparableBackward",
     "conv_gated": "_SeparableBackward",
-    "tail": "_TailBackward",
-    "tail_without_pool": "_TailBackward",
+    **dict.fromkeys(BLOCKS, "_BlockBackward"),
 }
 each_chain = pytest.mark.parametrize("chain", NODES)
+each_block = pytest.mark.parametrize("chain", BLOCKS)
 
 
 class Cell(nn.Module):
@@ -62,13 +72,14 @@ class Feed(nn.Module):
         return self.feed(x, self.feed.norm.rows(temb))
 
 
-class Tail(nn.Module):
-    """A block of which little but its tail is left."""
+class Block(nn.Module):
+    """One of BLOCKS, with the arguments of a feed-forward; t is the embedding's first number."""
 
-    def __init__(self, C, M, pool):
+    def __init__(self, chain, C, M, **mixer):
         super().__init__()
-        model = Model("test", mixer=Mixer("identity"), relaxation="none", mix_pool=pool, ffn_ratio=M / C)
-        self.block = LiquidDiffusionBlock(Slot(C, M, D, 8), model, LAWS["none"](C))
+        name, law, options = BLOCKS[chain]
+        model = Model("test", mixer=Mixer(name, **mixer), relaxation=law, ffn_ratio=M / C, **options)
+        self.block = LiquidDiffusionBlock(Slot(C, M, D, 8), model, LAWS[law](C))
 
     def forward(self, x, temb):
         return self.block(x, temb, temb[:, 0])
@@ -80,10 +91,10 @@ def make(chain, B, C, M, H, W, **mixer):
     if chain == "feed_forward":
         module = Feed(C, M)
     else:
-        module = Tail(C, M, chain == "tail") if chain.startswith("tail") else Cell(chain, C, M, **mixer)
+        module = (Block if chain in BLOCKS else Cell)(chain, C, M, **mixer)
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+            p.copy_((0.2 if chain in BLOCKS else 0.3) * torch.randn(p.shape, generator=rng))
     x, g = (torch.randn(B, C, H, W, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
     return module, x, torch.randn(B, D, generator=rng), g
 
@@ -126,13 +137,13 @@ def test_equals_the_layers_in_float64(chain, shape):
 
 def test_a_masked_wiring_trains_its_synapses_alone():
     pytest.importorskip("ncps")
-    call = make("cfc", 3, 32, 40, 6, 6, wiring="ncp")
+    call = make("block_of_cfc", 3, 32, 40, 6, 6, wiring="ncp")
     got = results(*call)
     assert_close(got, reference(*call))
     names = [name for name, _ in call[0].named_parameters()]
     for name in ("f", "g.2", "h.2"):
-        layer = call[0].cell.get_submodule(name)
-        gradient = got[3 + names.index(f"cell.{name}.weight")]
+        layer = call[0].block.mixer.get_submodule(name)
+        gradient = got[3 + names.index(f"block.mixer.{name}.weight")]
         assert gradient[layer.mask == 0].abs().max() == 0 < gradient.abs().max()
 
 
@@ -233,22 +244,76 @@ def test_one_row_may_serve_all_images(chain):
 
 
 @needs_compiler
-def test_a_tail_in_one_call_is_its_layers_to_the_bit(monkeypatch):
-    call = make("tail_without_pool", 5, 64, 40, 20, 13)  # the pool's product is torch's there
+def test_a_block_in_one_call_is_its_layers_to_the_bit(monkeypatch):
+    call = make("block_without_pool", 5, 64, 40, 20, 13)  # the pool's product is torch's there
     got = results(*call)
     monkeypatch.setattr(parts, "ready", lambda *args: False)
     assert_equal(results(*call), got)
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["backbone", "f", "h.2", "spatial.out", "spatial.pool", "feed_forward.contract"])
+@pytest.mark.parametrize(
+    "name", ["mixer.backbone", "mixer.f", "mixer.h.2", "spatial.out", "spatial.pool", "feed_forward.contract"]
+)
 def test_a_layer_of_another_size_raises(name):
-    chain = "cfc" if name in ("backbone", "f", "h.2") else "tail"
-    module, x, temb, _ = make(chain, 2, 64, 48, 4, 4)
-    layer = module.get_submodule(f"{'cell' if chain == 'cfc' else 'block'}.{name}")
+    module, x, temb, _ = make("block_of_cfc", 2, 64, 48, 4, 4)
+    layer = module.get_submodule(f"block.{name}")
     layer.weight = nn.Parameter(layer.weight[:-8])
     with pytest.raises(RuntimeError):
         module(x, temb)
+
+
+def graph(y):
+    """The names of the nodes behind a tensor."""
+    seen, found, todo = set(), [], [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.append(node.name())
+            todo += [before for before, _ in node.next_functions]
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "mixer, law", [("cfc", "liquid"), ("cfc", "none"), ("conv", "residual"), ("identity", "linear")]
+)
+def test_a_network_is_a_call_a_block_and_one_for_all_rows(mixer, law):
+    model = Model("test", [32, 40], [1, 1], mixer=Mixer(mixer), relaxation=law)
+    net = LiquidDiffusionUNet(model, in_channels=1, resolution=8)
+    names = graph(net(torch.randn(2, 1, 8, 8), torch.rand(2)))
+    assert names.count("_RowsBackward") == 1
+    assert names.count("_BlockBackward") == 6
+    by_layer = {"_AdaLNBackward", "_RelaxBackward", "_SeparableBackward", "_DepthwiseBackward"} & set(names)
+    assert bool(by_layer) == (mixer == "identity")  # which parts.c does not know
+
+
+@needs_compiler
+def test_what_is_the_users_own_is_asked():
+    class Own(nn.Module):
+        shared = replaces_residual = False
+
+        def forward(self, kept, mixed, t, temb):
+            return 3 * mixed
+
+    module, x, temb, g = make("block_of_cfc", 2, 32, 40, 4, 4)
+    module.block.relaxation = Own()
+    assert_close(results(module, x, temb, g), reference(module, x, temb, g))
+    assert "_AdaLNBackward" in graph(module(x, temb))
+    module, x, temb, g = make("block_of_cfc", 2, 32, 40, 4, 4)
+    before, seen = module(x, temb), []
+    hook = module.block.mixer.register_forward_hook(lambda mixer, given, made: seen.append(made.shape))
+    torch.testing.assert_close(module(x, temb), before)
+    hook.remove()
+    module(x, temb)
+    assert seen == [x.shape]
+    module.block.mixer.__class__ = type("Twice", (CfC,), {"forward": lambda self, *args: 2 * CfC.forward(self, *args)})
+    assert not torch.allclose(module(x, temb), before)
+    module.block.mixer.__class__ = CfC
+    assert torch.equal(module(x, temb), before)
+    module.block.feed_forward.expand = Pointwise(32, 40)  # not the layer that it was made with
+    assert not torch.allclose(module(x, temb), before)
 
 
 @needs_compiler
@@ -264,7 +329,7 @@ def test_any_scales_are_merged_and_parted(kernels):
     x, g = (torch.randn(3, C, 9, 6, generator=rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
     x, temb = x.requires_grad_(), torch.randn(3, D, generator=rng)
     y = module(x, temb)
-    assert y.grad_fn.name() == "_TailBackward"
+    assert y.grad_fn.name() == "_BlockBackward"
     got = [y, *torch.autograd.grad(y, [x, *block.parameters()], g)]
     block.double()
     y = module(x.double(), temb.double())
@@ -281,7 +346,7 @@ def test_rows_are_the_layers_of_a_time_embedding(shape):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows = parts.rows(temb, *layers)
+            rows = parts.rows(temb, [layers])[0]
             found.append([*rows, *torch.autograd.grad(rows, [temb, *layers.parameters()], grads)])
     finally:
         torch.set_num_threads(before)
@@ -290,20 +355,39 @@ def test_rows_are_the_layers_of_a_time_embedding(shape):
     for other in found[1:]:
         assert_equal(other, found[0])
     with torch.no_grad():
-        assert_equal(parts.rows(temb, *layers), rows)
+        assert_equal(parts.rows(temb, [layers])[0], rows)
     temb = temb.detach().double().requires_grad_()
     rows = [layer(nn.functional.silu(temb)) for layer in layers.double()]
     exact = torch.autograd.grad(rows, [temb, *layers.parameters()], [g.double() for g in grads])
     assert_close(found[0], [*rows, *exact])
 
 
+@needs_compiler
+def test_groups_of_rows_are_calls_of_their_own_to_the_bit():
+    torch.manual_seed(0)
+    groups, temb = (
+        [[nn.Linear(32, n) for n in part] for part in ([64, 8, 40], [16, 24], [48], [8, 8])],
+        torch.randn(7, 32),
+    )
+
+    def gradient(rows_of):
+        leaf = temb.clone().requires_grad_()
+        torch.autograd.backward([row.square().sum() for row in rows_of(leaf)])
+        return leaf.grad
+
+    at_once = gradient(lambda leaf: [row for rows in parts.rows(leaf, [*groups[:1], [], *groups[1:]]) for row in rows])
+    assert torch.equal(
+        at_once, gradient(lambda leaf: [row for group in groups for row in parts.rows(leaf, [group])[0]])
+    )
+
+
 def test_a_row_that_nothing_depends_on_and_one_of_another_width():
     layers, temb = [nn.Linear(32, 40), nn.Linear(32, 64)], torch.randn(3, 32, requires_grad=True)
-    parts.rows(temb, *layers)[0].sum().backward()
+    parts.rows(temb, [layers])[0][0].sum().backward()
     assert layers[0].weight.grad.abs().max() > 0
     assert layers[1].weight.grad is None or not layers[1].weight.grad.any()
     with pytest.raises(RuntimeError):
-        parts.rows(temb, nn.Linear(31, 40))
+        parts.rows(temb, [[nn.Linear(31, 40)]])
     layers[0].bias = nn.Parameter(torch.ones(1))
     exact = layers[0](nn.functional.silu(temb))
-    torch.testing.assert_close(parts.rows(temb, *layers)[0], exact)
+    torch.testing.assert_close(parts.rows(temb, [layers])[0][0], exact)
