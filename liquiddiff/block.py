@@ -14,6 +14,7 @@ from liquiddiff import chains, fused, parts
 from liquiddiff.config import Model, choose
 from liquiddiff.depthwise import DepthwiseConv2d, is_literal, merge_kernels
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
+from liquiddiff.relaxation import is_alpha_alone
 
 
 class AdaLN(nn.Module):
@@ -112,9 +113,12 @@ class LiquidDiffusionBlock(nn.Module):
 
     def timed(self) -> list[list[nn.Linear]]:
         """Layers of the time embedding, whose rows a block takes: those of its norms, and the mixer's own."""
-        spatial, own = self.spatial, getattr(self.mixer, "timed", None)
+        spatial, mixer = self.spatial, cast(Any, self.mixer)
         norms = [self.norm, self.feed_forward.norm, *([] if spatial is None else [spatial.norm])]
-        return [[norm.modulation for norm in norms], own() if own is not None else []]
+        own = (
+            mixer.timed() if "timed" in type(mixer).__dict__ else []
+        )  # one that inherits it may have its own `forward`
+        return [[norm.modulation for norm in norms], own]
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows: list[list[Tensor]] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W). rows: what `timed` makes of temb, where that is known already."""
@@ -136,10 +140,9 @@ class LiquidDiffusionBlock(nn.Module):
         return feed(spatial(x_BCHW, *between), last) if done is None else done
 
     def _known(self, rows: list[Tensor]) -> parts.Mixed | None:
-        """The mixer as parts.py knows it; None if that, or the law, is another, or if a hook watches it."""
+        """The mixer as parts.py knows it; None if that, or the law, is another, or if somebody watches it."""
         mixer: Any = self.mixer
-        watched = mixer._forward_hooks or mixer._forward_pre_hooks or mixer._backward_hooks or mixer._backward_pre_hooks
-        if watched or not (hasattr(mixer, "mixed") and hasattr(self.relaxation, "alpha")):
+        if not hasattr(mixer, "mixed") or parts.watched(mixer) or not is_alpha_alone(self.relaxation):
             return None
         return mixer.mixed(rows)
 

@@ -59,13 +59,13 @@ def _fast(image: Tensor, C: int, M: int, layers: Sequence[Layer], row: Tensor) -
     """Tell whether the C kernels may take this call; what is malformed is left to torch to complain about."""
     if is_literal() or not native.eager(image, row) or image.numel() == 0:
         return False
-    if not image.is_contiguous(memory_format=torch.channels_last) or not usual(layers, [(M, C), (C, M)]):
+    if not image.is_contiguous(memory_format=torch.channels_last) or not _usual(layers, [(M, C), (C, M)]):
         return False
     library = _library()
     return library is not None and min(C, M) >= library.product_least_inputs()
 
 
-def usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
+def _usual(layers: Sequence[Layer], shapes: Sequence[tuple[int, int]]) -> bool:
     """Tell whether these are dense float32 layers of such shapes (outputs, inputs); `eager` was asked of the image."""
     for (weight, bias), shape in zip(layers, shapes, strict=True):
         if not native.plain(weight, bias) or weight.shape != shape or bias.shape != shape[:1]:
@@ -111,7 +111,7 @@ def _inner(x_BCHW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Inner 
     return None if weight is None else Inner((weight, bias), *x_BCHW.shape[2:])
 
 
-def images(like: Tensor, *channels: int) -> list[Tensor]:
+def _images(like: Tensor, *channels: int) -> list[Tensor]:
     """Room for images of so many channels each, (B, C, H, W), channels-last."""
     B, _, H, W = like.shape
     return [like.new_empty_strided((B, C, H, W), (H * W * C, 1, W * C, C)) for C in channels]
@@ -153,7 +153,7 @@ class _Separable(torch.autograd.Function):
         kernel: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        (y, z), c = images(x, x.shape[1], len(w1)), None if kernel is None else torch.empty_like(x)
+        (y, z), c = _images(x, x.shape[1], len(w1)), None if kernel is None else torch.empty_like(x)
         _call(
             "separable_forward", x, len(w1), [x, scale, w1, b1, w2, b2, y, z, c, None], [_inner(x, kernel, shift), None]
         )

@@ -211,12 +211,9 @@ class Inner(ctypes.Structure):
         """Tell whether it can be had of such an image."""
         if not native.eager(x_BCHW) or x_BCHW.dim() != 4 or not x_BCHW.numel():
             return False
-        return x_BCHW.is_contiguous(memory_format=torch.channels_last) and Inner.fits(kernel, x_BCHW.shape[1])
-
-    @staticmethod
-    def fits(kernel: Kernel, C: int) -> bool:
-        """Tell whether it can be had of C channels of an image that the C kernels may take."""
-        (weight, bias), k = kernel, kernel[0].shape[-1]
+        if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return False
+        (weight, bias), k, C = kernel, kernel[0].shape[-1], x_BCHW.shape[1]
         if _literal or k not in KERNEL_SIZES or weight.shape != (C, 1, k, k) or not native.plain(weight):
             return False
         if bias is not None and not (bias.shape == (C,) and native.plain(bias)):

@@ -192,7 +192,7 @@ def _call(name: str, x: Tensor, tensors: Sequence[Tensor | None], *options: floa
     function(*pointers, *options, B, H * W, C, PIECE, native.pool(), torch.get_num_threads())
 
 
-def sums_of(x: Tensor, kinds: int) -> Tensor:
+def _sums_of(x: Tensor, kinds: int) -> Tensor:
     """Room for sums over positions, (B, pieces, kinds, C); the kernel leaves the whole sums in piece 0."""
     B, C, H, W = x.shape
     return x.new_empty(B, -(-H * W // PIECE), kinds, C)
@@ -210,7 +210,7 @@ def _dense(g: Tensor) -> Tensor:
 
 
 def _adaln(x: Tensor, modulation: Tensor, eps: float, mean: bool, moments: Tensor | None = None) -> Any:
-    y, sums = _like(x), sums_of(x, 1) if mean else None
+    y, sums = _like(x), _sums_of(x, 1) if mean else None
     _call("adaln_forward", x, [x, modulation, y, moments, sums], eps, modulation.shape[0] == 1)
     return (y, x) if sums is None else (y, x, sums[:, 0, 0] / x[0, 0].numel())
 
@@ -231,7 +231,7 @@ class _AdaLN(torch.autograd.Function):
         if g is None and g_mean is None:
             return g_x, None, None, None
         g = torch.zeros_like(x) if g is None else _dense(g)
-        dx, sums = _like(x), sums_of(x, 2)
+        dx, sums = _like(x), _sums_of(x, 2)
         other = None if g_x is None else _dense(g_x)
         pooled = None if g_mean is None else g_mean.contiguous()
         _call("adaln_backward", x, [g, None, x, other, modulation, pooled, moments, dx, sums])
@@ -250,7 +250,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         f, g, h, a, b = ctx.saved_tensors
-        df, dg, dh, sums = _like(f), _like(f), _like(f), sums_of(f, 2)
+        df, dg, dh, sums = _like(f), _like(f), _like(f), _sums_of(f, 2)
         grad = _dense(grad)
         _call("gate_backward", f, [grad, f, g, h, a, b, df, dg, dh, sums])
         return df, dg, dh, sums[:, 0, 0], sums[:, 0, 1]
@@ -274,6 +274,6 @@ class _Relax(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         alpha, *blended = ctx.saved_tensors
         dense = _dense(g)
-        dkept, dmixed, sums = _like(dense), _like(dense), sums_of(dense, 1) if blended else None
+        dkept, dmixed, sums = _like(dense), _like(dense), _sums_of(dense, 1) if blended else None
         _call("relax_backward", dense, [dense, *(blended or [None, None]), alpha, dkept, dmixed, sums])
         return g, dkept, dmixed, None if sums is None else sums[:, 0, 0]

@@ -4,7 +4,7 @@ To add one: a class with `__init__(slot, config)` and one line in `MIXERS`. Ever
 `slot.hidden`, which budget.py solves so that mixers are compared at equal parameters or multiply-adds.
 
 Two more methods are for speed: what the layers of `timed()` make of the embedding is computed for all blocks at once,
-and given after t; `mixed(rows)` tells parts.py of a mixer that it knows.
+and given after t, unless that method is inherited; `mixed(rows)` tells parts.py of a mixer that it knows.
 
 Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_dim), M hidden width (slot.hidden).
 """
@@ -185,6 +185,8 @@ class ConvGated(Conv):
         C, rank = slot.dim, max(1, slot.dim // 16)
         self.squeeze = nn.Linear(C, rank, bias=False)
         self.excite = nn.Linear(rank, C)
+
+    timed = Conv.timed
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BM: Tensor) -> Tensor:
         """See the class."""

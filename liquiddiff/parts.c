@@ -84,7 +84,7 @@ enum { POOL, OUT, EXPAND, CONTRACT, CONTEXT, BACKBONE, F, G_CONV, G, H_CONV, H, 
 static const idx SCALES[] = {[NONE] = CONTEXT, [CELL] = H + 1, [SEPARABLE] = SECOND + 1};
 
 /* Rows of each image: scales and shifts of the norms, (B, 2 C); a and b of a cell, (B, C), or a scale, (B, M). */
-enum { MIX_NORM, FEED_NORM, NORM, A, B_, SCALE = A, ROWS };
+enum { MIX_NORM, FEED_NORM, NORM, A, B_, SCALE = A };
 
 /* What a forward pass makes; what is NULL is not kept. */
 typedef struct {

@@ -24,13 +24,13 @@ from liquiddiff.chains import EPS
 from liquiddiff.depthwise import entries, is_literal
 from liquiddiff.fused import PIECE
 
-__all__ = ["Mixed", "block", "ready", "rows", "weights"]
+__all__ = ["Mixed", "block", "ready", "rows", "watched", "weights"]
 
 Weights = list[Tensor | None]  # weight and bias of one layer after the other
 
 
 class Mixed(NamedTuple):
-    """A mixer that parts.c knows: its name there, weights, and rows of the time embedding, see MIXERS."""
+    """A mixer that parts.c knows: its name there, weights, and rows of the time embedding, see KNOWN."""
 
     name: str
     weights: Weights
@@ -38,7 +38,7 @@ class Mixed(NamedTuple):
 
 
 # name: number in parts.c; outputs and inputs of each layer, "1" in a depthwise convolution; widths of the rows
-MIXERS = {
+KNOWN = {
     "": (0, [], []),
     "cell": (1, ["C1", "MC", "CM", "M1", "CM", "M1", "CM"], ["C", "C"]),  # context, backbone, f, g's, h's; a, b
     "separable": (2, ["C1", "MC", "CM"], ["M"]),  # context, expand, contract; the scale
@@ -77,16 +77,25 @@ def _takes_rows(temb: Tensor, layers: Weights) -> bool:
 
 
 def weights(*modules: nn.Module | None) -> Weights:
-    """Weight and bias of each, None and None of none; from where torch keeps them: by name it takes longer."""
-    found = Weights()
+    """Weight and bias of each, None and None of none; from where torch keeps them, where they are: that is faster."""
+    found: Weights = []
     for module in modules:
         if module is None:
             found += (None, None)
-        elif module._buffers:  # a mask is one
-            found += cast(Any, module).layer()
-        else:
-            found += (module._parameters.get("weight"), module._parameters.get("bias"))
+            continue
+        kept = module._parameters
+        if kept.get("weight") is not None and not module._buffers:
+            found += (kept["weight"], kept.get("bias"))
+        else:  # masked, pruned, parametrized, a replica's
+            other: Any = module
+            found += other.layer() if hasattr(other, "layer") else (other.weight, other.bias)
     return found
+
+
+def watched(module: nn.Module) -> bool:
+    """Tell whether somebody counts on the module being called: by a hook, or by a `forward` of this one object."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def ready(x_BCHW: Tensor) -> bool:
@@ -146,13 +155,13 @@ class _Known(NamedTuple):
     sizes: Any  # of their kernels, as _Shape has them; so the next
     kinds: Any
     largest: int
-    kept: list[Any]  # what `kinds` points to
+    kept: list[Any]  # what `kinds` points to, for as long as this is used
 
 
 @functools.lru_cache
 def _known(name: str, pool: bool, C: int, M: int, N: int, kernels: tuple[int, ...], scales: int) -> _Known | None:
     """What a block must be of to be taken; None where no such block can be."""
-    mixer, own, rows = MIXERS[name]
+    mixer, own, rows = KNOWN[name]
     if min(N, M if own else N) < cast(Any, _library()).product_least_inputs() or not 0 < scales <= MAX_SCALES:
         return None
     sizes, each = {"1": 1, "C": C, "M": M, "N": N}, iter(kernels)
@@ -162,7 +171,7 @@ def _known(name: str, pool: bool, C: int, M: int, N: int, kernels: tuple[int, ..
         k = next(each, 0) if inputs == 1 else 0
         shapes += [(outputs, 1, k, k) if k else (outputs, inputs), (outputs,)]
         kept += [entries(k, outputs)] * (inputs == 1)
-    largest = max(kernels[-scales:])
+    largest = max(kernels[-scales:], default=0)
     kept.append(entries(largest, C))
     if None in kept:
         return None

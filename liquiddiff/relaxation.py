@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liquiddiff.parts import watched
+
 
 class Relaxation(nn.Module):
     """A law with one decay `rho` a channel (or one in all, where `shared`); a subclass defines the exponent."""
@@ -120,3 +122,8 @@ LAWS: dict[str, type[Relaxation] | type[Linear] | type[NoRelaxation]] = {
     "shared": Shared,
     "residual": AsResidual,
 }
+
+
+def is_alpha_alone(law: nn.Module) -> bool:
+    """Tell whether a law is told by its alpha: its `forward` is one of these here, and nobody watches it."""
+    return type(law).forward in (Relaxation.forward, NoRelaxation.forward) and not watched(law)

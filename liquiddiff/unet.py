@@ -65,8 +65,8 @@ def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """A step of which only `tensors` are kept: the backward pass computes the rest again, few images at a time."""
     each = max(1, PART // max(1, tensors[0][:1].numel()))
     whole = [tensor.expand(len(tensors[0]), *tensor.shape[1:]) for tensor in tensors]  # one t may serve all images
-    parts = zip(*(tensor.split(each) for tensor in whole), strict=True)
-    done = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    pieces = zip(*(tensor.split(each) for tensor in whole), strict=True)
+    done = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.cat(done) if len(done) > 1 else done[0]
 
 
@@ -131,17 +131,22 @@ class LiquidDiffusionUNet(
     ) -> Tensor:
         for block in blocks:
             if step is plainly:
-                x = block(x, temb, t, next(rows))
+                x = block(x, temb, t, *next(rows))
             else:
                 x = step(block, x, temb, t) if self.checkpointing else block.in_steps(step, x, temb, t)
         return x
 
     def _rows(self, temb: Tensor) -> Iterator[Any]:
-        """Of one block after the other, what it takes of the time embedding: in one call for all of them."""
+        """Of one block after the other, what it takes of the time embedding: in one call for all of them.
+
+        Nothing of a block that is another's or that a hook readies: its layers may not be there yet.
+        """
         levels = [*self.encoder, self.middle, *reversed(self.decoder)]
-        timed = [cast(Any, block).timed() for level in levels for block in level.children()]
-        rows = iter(parts.rows(temb, [group for groups in timed for group in groups]))
-        return zip(rows, rows, strict=True)
+        blocks = [cast(Any, block) for level in levels for block in level.children()]
+        own = [type(b).forward is LiquidDiffusionBlock.forward and not b._forward_pre_hooks for b in blocks]
+        groups = [group for block, is_own in zip(blocks, own, strict=True) if is_own for group in block.timed()]
+        found = iter(parts.rows(temb, groups))
+        return iter([([next(found), next(found)],) if is_own else () for is_own in own])
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t, (B, C, H, W). Raises ValueError where H or W is not divisible by the stride."""

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune  # noqa: F401 - torch.nn.utils has them only once imported
 from torch.utils.flop_counter import FlopCounterMode
 
 from liquiddiff import parts
@@ -289,18 +290,41 @@ def test_a_network_is_a_call_a_block_and_one_for_all_rows(mixer, law):
     assert bool(by_layer) == (mixer == "identity")  # which parts.c does not know
 
 
-@needs_compiler
-def test_what_is_the_users_own_is_asked():
-    class Own(nn.Module):
-        shared = replaces_residual = False
+class Thrice(nn.Module):
+    shared = replaces_residual = False
 
-        def forward(self, kept, mixed, t, temb):
-            return 3 * mixed
+    def forward(self, kept, mixed, t, temb):
+        return 3 * mixed
 
-    module, x, temb, g = make("block_of_cfc", 2, 32, 40, 4, 4)
-    module.block.relaxation = Own()
-    assert_close(results(module, x, temb, g), reference(module, x, temb, g))
-    assert "_AdaLNBackward" in graph(module(x, temb))
+
+class ThriceNone(LAWS["none"]):
+    forward = Thrice.forward
+
+
+class ThriceResidual(LAWS["residual"]):
+    forward = Thrice.forward
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("law", [Thrice(), ThriceNone(32), ThriceResidual(32)], ids=lambda law: type(law).__name__)
+def test_a_law_with_a_forward_of_its_own_is_asked(law):
+    module, x, temb, _ = make("block_of_cfc", 2, 32, 40, 4, 4)
+    module.block.relaxation = law
+    got = module(x, temb)
+    with literal():
+        assert_close([got], [module(x, temb)])
+    plain = LAWS["residual" if law.replaces_residual else "none"](32)
+    module.block.relaxation = plain
+    assert not torch.allclose(module(x, temb), got)
+    plain.forward = lambda kept, mixed, t, temb: 3 * mixed  # of this one object
+    assert_close([module(x, temb)], [got])
+    del plain.forward
+    module.block.mixer.register_forward_hook(lambda mixer, given, made: 3 * made)
+    if not law.replaces_residual:
+        assert_close([module(x, temb)], [got])
+
+
+def test_a_mixer_of_the_users_own_a_hook_and_another_layer_are_asked():
     module, x, temb, g = make("block_of_cfc", 2, 32, 40, 4, 4)
     before, seen = module(x, temb), []
     hook = module.block.mixer.register_forward_hook(lambda mixer, given, made: seen.append(made.shape))
@@ -308,12 +332,51 @@ def test_what_is_the_users_own_is_asked():
     hook.remove()
     module(x, temb)
     assert seen == [x.shape]
-    module.block.mixer.__class__ = type("Twice", (CfC,), {"forward": lambda self, *args: 2 * CfC.forward(self, *args)})
+    twice = {"forward": lambda self, x, temb, t: 2 * CfC.forward(self, x, temb, t)}
+    module.block.mixer.__class__ = type("Twice", (CfC,), twice)
     assert not torch.allclose(module(x, temb), before)
     module.block.mixer.__class__ = CfC
     assert torch.equal(module(x, temb), before)
     module.block.feed_forward.expand = Pointwise(32, 40)  # not the layer that it was made with
     assert not torch.allclose(module(x, temb), before)
+
+
+@pytest.mark.parametrize("name", ["norm.modulation", "spatial.scales.0", "spatial.pool", "mixer.context", "mixer.f"])
+def test_layers_that_hold_their_weights_otherwise(name):
+    module, x, temb, _ = make("block_of_cfc", 2, 32, 40, 4, 4)
+    layer = module.block.get_submodule(name)
+    with torch.no_grad():
+        before = module(x, temb)
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+        torch.testing.assert_close(module(x, temb), before)
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        nn.utils.prune.identity(layer, "weight")
+        torch.testing.assert_close(module(x, temb), before)
+
+
+def test_a_block_of_the_users_own_is_given_what_blocks_are_given():
+    class Own(nn.Module):
+        def forward(self, x, temb, t):
+            return 2 * x
+
+    net = LiquidDiffusionUNet(Model("test", [32, 40], [2, 1]), in_channels=1, resolution=8)
+    args = torch.randn(2, 1, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        net.head[-1].weight.fill_(0.1)
+        before = net(*args)
+        net.encoder[0][1].register_forward_pre_hook(lambda block, given: None)
+        torch.testing.assert_close(net(*args), before)  # that block makes its own rows
+        net.encoder[0][0] = Own()
+        assert not torch.allclose(net(*args), before)
+
+
+def test_a_compiled_network_is_one_graph():
+    net = LiquidDiffusionUNet(Model("test", [32, 40], [1, 1]), in_channels=1, resolution=8)
+    args = torch.randn(2, 1, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        net.head[-1].weight.fill_(0.1)
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*args), net(*args))
 
 
 @needs_compiler
