@@ -158,7 +158,7 @@ def speed_table(rows: Rows) -> str:
 
 def of_device(rows: Rows, device: str) -> str:
     """The tables of one device; without rows, one that is empty."""
-    sizes = list(BATCH)
+    sizes = [size for size in BATCH if any(row["size"] == size for row in rows)]
     found = {(row["network"], row["size"]): row for row in rows}
     if not rows:
         return "**GPU**: not measured; `python -m analysis.cost room table device=cuda` fills it."
