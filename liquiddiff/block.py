@@ -115,10 +115,9 @@ class LiquidDiffusionBlock(nn.Module):
         """Layers of the time embedding, whose rows a block takes: those of its norms, and the mixer's own."""
         spatial, mixer = self.spatial, cast(Any, self.mixer)
         norms = [self.norm, self.feed_forward.norm, *([] if spatial is None else [spatial.norm])]
-        own = (
-            mixer.timed() if "timed" in type(mixer).__dict__ else []
-        )  # one that inherits it may have its own `forward`
-        return [[norm.modulation for norm in norms], own]
+        # Not of one that inherits it, nor of an object changed: its `forward` may know nothing of rows.
+        knows = "timed" in type(mixer).__dict__ and "forward" not in mixer.__dict__
+        return [[norm.modulation for norm in norms], mixer.timed() if knows else []]
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows: list[list[Tensor]] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W). rows: what `timed` makes of temb, where that is known already."""
