@@ -64,7 +64,7 @@ int rows_backward(const float *temb, float *dtemb, float *const *tensors, const 
 enum { NONE, CELL, SEPARABLE }; /* the mixer: none, or elsewhere; CfC's; Conv's */
 #define MAX_SCALES 8
 
-typedef struct {        /* `Shape` of parts.py */
+typedef struct { /* `_Shape` of parts.py */
     idx B, H, W, C, M, N; /* M, N: hidden widths of the mixer and of the feed-forward */
     idx mixer, relaxed;   /* relaxed: there is an alpha */
     idx replaces;         /* alpha blends with x, not with AdaLN(x), and x is not added */
@@ -86,7 +86,7 @@ static const idx SCALES[] = {[NONE] = CONTEXT, [CELL] = H + 1, [SEPARABLE] = SEC
 /* Rows of each image: scales and shifts of the norms, (B, 2 C); a and b of a cell, (B, C), or a scale, (B, M). */
 enum { MIX_NORM, FEED_NORM, NORM, A, B_, SCALE = A };
 
-/* What a forward pass makes; what is NULL is not kept. */
+/* What a forward pass makes; NULL: not needed, or not kept. */
 typedef struct {
     float *n, *moments, *c, *before, *z, *f, *g, *h, *m, *x; /* of the mixer: x is what the block goes on with */
     float *mix_n, *mix_moments, *mix_c, *sums, *mean, *row, *mixed, *feed_moments, *expanded, *kernel, *shift;

@@ -207,11 +207,11 @@ class _Shape(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     library = native.load("network")
-    pointer, index = ctypes.c_void_p, ctypes.c_ssize_t
+    pointer, index, keep = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
     if library:
-        library.block_room.argtypes, library.block_room.restype = (pointer, index), index
+        library.block_room.argtypes, library.block_room.restype = (pointer, keep), index
         library.block_backward_room.argtypes, library.block_backward_room.restype = (pointer,), index
-        library.block_forward.argtypes = (pointer, index, *[pointer] * 6, pointer, index)
+        library.block_forward.argtypes = (pointer, keep, *[pointer] * 6, pointer, index)
         library.block_backward.argtypes = (*[pointer] * 12, pointer, index)
         library.rows_forward.argtypes = (*[pointer] * 3, *[index] * 3, pointer, index)
         library.rows_backward.argtypes = (*[pointer] * 5, *[index] * 4, pointer, index)
