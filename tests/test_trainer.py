@@ -1,5 +1,7 @@
 """Training: it learns, it repeats to the bit, it survives any kill, and nothing depends on history."""
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -296,8 +298,37 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         checkpoint.load(tmp_path)
 
 
+def test_a_checkpoint_keeps_every_bit_and_layout_and_an_older_one_is_read(tmp_path):
+    weights = {
+        "weight": torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
+        "large": torch.randn(checkpoint.SMALL + 1),
+        "odd": torch.tensor([math.nan, -0.0, math.inf]),
+        "bf16": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+        "none": torch.empty(0, 3),
+    }
+    optimizer = {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"betas": (0.9, 0.99), "params": [0]}]}
+    state = {"images": 3, "commits": ["a"], "model": weights, "optimizer": optimizer}
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    older = tmp_path / "older"
+    older.mkdir()
+    content = payload.getvalue()
+    (older / "checkpoint.pt").write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+    checkpoint.save(state, tmp_path)
+    for found in (checkpoint.load(tmp_path), checkpoint.load(older)):
+        assert found["images"] == 3 and found["commits"] == ["a"]
+        assert found["optimizer"]["param_groups"] == optimizer["param_groups"]
+        assert found["optimizer"]["state"][0]["step"].equal(torch.tensor(2.0))
+        assert found["model"].keys() == weights.keys()
+        for name, weight in weights.items():
+            mine = found["model"][name]
+            assert (mine.dtype, mine.shape, mine.stride()) == (weight.dtype, weight.shape, weight.stride())
+            assert mine.flatten().view(torch.uint8).equal(weight.flatten().view(torch.uint8))
+            assert mine.untyped_storage().nbytes() == mine.numel() * mine.element_size()  # no other's memory is kept
+
+
 def test_a_checkpoint_never_executes_code(tmp_path):
-    import hashlib
     import pickle
 
     class Evil:
