@@ -25,7 +25,6 @@ from analysis.evidence import (
     Missing,
     Verdict,
     all_worse,
-    by_arms,
     combine,
     none_better,
     of_blocks,
@@ -172,7 +171,8 @@ def steps(evidence: Evidence) -> Verdict:
     for place, (experiment, rows) in room.items():
         mine = rows[(rows["arm"] == arm) & rows["seed"].isin(experiment.seeds)]
         counts = sorted(int(n) for n in mine["nfe"].unique())
-        by_nfe = {n: tables.values_of(mine[mine["nfe"] == n], experiment, experiment.metric)[arm] for n in counts}
+        values = {n: tables.values_of(mine[mine["nfe"] == n], experiment, experiment.metric) for n in counts}
+        by_nfe = {n: values[n].get(arm, {}) for n in counts}
         few = max((n for n in by_nfe if n <= 50 and 2 * n <= max(by_nfe)), default=0)
         if not few:
             continue
@@ -183,7 +183,11 @@ def steps(evidence: Evidence) -> Verdict:
         means = ", ".join(f"{stats.mean_se(values.values())[0]:.3g} at {n}" for n, values in by_nfe.items() if n >= 8)
         name = label(experiment.metric, str(mine["extractor"].iloc[0]))
         cost = f"{few} steps against {max(by_nfe)}: {difference(float(d.mean()), low, high, len(d))} ({len(d)})"
-        texts.append(f"{place}, {arm}, {name} {means}; {cost}, {word}, margin {experiment.margin:g}")
+        cost += f", {word}, margin {experiment.margin:g}"
+        if least := max((n for n in by_nfe if n <= 25 and n < few), default=0):
+            d = stats.paired(by_nfe[least], by_nfe[max(by_nfe)])
+            cost += f"; {least} against {max(by_nfe)}: {difference(float(d.mean()), *stats.interval(d), len(d))}"
+        texts.append(f"{place}, {arm}, {name} {means}; {cost}")
     if not texts:
         raise Missing("the room sampling, or baselines measured at several step counts")
     return Verdict(combine(words), ". ".join(texts))
@@ -210,9 +214,9 @@ def novel(evidence: Evidence) -> Verdict:
     raise Missing("a search of the literature; no experiment can tell")
 
 
-def arms(room: str, rule: Callable[[list[str]], str], *names: str) -> Callable[[Evidence], Verdict]:
+def arms(room: str, rule: Callable[..., Verdict], *names: str) -> Callable[[Evidence], Verdict]:
     """A rule on the verdicts of a room's arms."""
-    return lambda evidence: by_arms(evidence, room, names, rule)
+    return lambda evidence: rule(evidence, room, *names)
 
 
 TIMES = ("logit_normal", "logit_normal_low", "u_shaped")
@@ -223,7 +227,7 @@ RULES: dict[str, Callable[[Evidence], Verdict]] = {
     "no_attention": no_attention,
     "spatial_mixing": spatial_mixing,
     "depthwise_mixing": depthwise_mixing,
-    "multi_scale": arms("spatial_mix", all_worse, "mix_7x7"),
+    "multi_scale": arms("spatial_mix", all_worse, "mix_7x7", "mix_3x3"),
     "attention_not_needed": arms("mixer", none_better, "attention_params", "attention_macs"),
     "more_than_convolution": arms("mixer", all_worse, "conv", "conv_gated"),
     "parallel": parallel,

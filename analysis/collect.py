@@ -168,6 +168,19 @@ def merge(old: Iterable[Row], new: Iterable[Row], experiment: "Experiment") -> l
     return sorted((row for rows in (runs | fresh).values() for row in rows), key=order)
 
 
+def retrained(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
+    """Runs whose rows another commit's take the place of. Where those of other arms stay, the code differs as well."""
+
+    def commits(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
+        return {
+            (row["tier"], row["data"], row["arm"], row["seed"]): row["commit"] for row in rows if row["arm"] != "real"
+        }
+
+    before, after = commits(old), commits(new)
+    changed = [key for key in after if key in before and before[key] != after[key]]
+    return [f"{key[2]} (seed {key[3]}, {before[key][:7]} -> {after[key][:7]})" for key in changed]
+
+
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """The rows of a results.csv as they stand there; none where there is no file. Raises BadInput for other columns."""
     if not path.exists():
@@ -204,6 +217,8 @@ def collect(found: list[Found], experiment: "Experiment", folder: Path, today: T
         old = [row for row in old if row not in gone]
     new = [row for each in sorted(runs, key=lambda each: each.name) for row in rows_of(each)]
     rows = merge(old, new, experiment)
+    if again := retrained(old, new):
+        print(f"{experiment.name}: {len(again)} runs take the place of runs by other code: {', '.join(again)}")
     if others:
         print(f"{experiment.name}: left out {len(others)} runs with another configuration, as {others[0]}")
     if not rows:

@@ -60,6 +60,9 @@ def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
     told = [key for key in PROTOCOL if all(protocol.get(key) is not None for protocol in protocols)]
     differs = [key for key in told if protocols[0][key] != protocols[1][key]]
     why = ", ".join(f"{key} {protocols[0][key]} against {protocols[1][key]}" for key in differs)
+    prints = [side.facts.get("data_fingerprint") for side in (a, b)]
+    alike = prints[0] == prints[1] if all(prints) else a.run.data == b.run.data
+    alike = alike and a.run.eval.val_n == b.run.eval.val_n
     lines = []
 
     def add(what: str, values: list[Any], comparable: bool = True) -> None:
@@ -71,8 +74,8 @@ def metrics(a: Side, b: Side) -> tuple[list[tuple[str, str, str, str]], str]:
 
     for key in ("loss", "val_loss"):
         curves = [[row[key] for row in side.rows if "images" in row and row.get(key) is not None] for side in (a, b)]
-        same = key != "loss" or a.run.flow == b.run.flow  # val_loss is the same quantity in every arm
-        add(key, [curve[-1] if curve else None for curve in curves], same)
+        same = key != "loss" or a.run.flow == b.run.flow  # val_loss is the same quantity in every arm, of one data set
+        add(key, [curve[-1] if curve else None for curve in curves], same and alike)
     for nfe in sorted(set(evaluations[0]) | set(evaluations[1])):
         for key in SCORES:
             name = render.label(key, str(protocols[0]["extractor"])) if not why and all(protocols) else key

@@ -69,7 +69,7 @@ class Evidence:
             values = tables.values_of(used, experiment, experiment.metric)
             compared = stats.compare(values, experiment.arms[0], experiment.margin, experiment.lower_is_better)
             wanted = arms or tuple(compared)
-            if all(compared[arm].n for arm in wanted):
+            if all(arm in compared and compared[arm].n for arm in wanted):
                 name = label(experiment.metric, str(used["extractor"].iloc[0]))
                 places[place] = {arm: (compared[arm], name) for arm in wanted}
         if not places:
@@ -137,29 +137,46 @@ def combine(words: Iterable[str]) -> str:
     return decided.pop() if len(decided) == 1 else UNDECIDED
 
 
-def by_arms(evidence: Evidence, room: str, arms: tuple[str, ...], rule: Callable[[list[str]], str]) -> Verdict:
-    """`rule` takes the arms' verdicts against the room's first arm."""
+Rule = Callable[[list[tuple[str, bool]]], str]
+
+
+def by_arms(evidence: Evidence, room: str, arms: tuple[str, ...], worse: bool, rule: Rule) -> Verdict:
+    """`rule` takes the arms' verdicts against the room's first arm, and whether each is shown not to be `worse`, or
+    else better, by more than the margin: its interval ends before.
+    """
     words, texts = [], []
     for place, compared in evidence.differences(room, *arms).items():
-        words.append(rule([d.verdict for d, _ in compared.values()]))
+        experiment = evidence.rows(room)[place][0]
+        sign = 1 if worse == experiment.lower_is_better else -1
+        ends = [max(sign * d.low, sign * d.high) for d, _ in compared.values()]  # nan below two seeds
+        found = [d.verdict for d, _ in compared.values()]
+        words.append(rule([(word, end < experiment.margin) for word, end in zip(found, ends, strict=True)]))
         metric = next(name for _, name in compared.values())
         each = [f"{a} {d.verdict} {difference(d.mean, d.low, d.high, d.n)} ({d.n})" for a, (d, _) in compared.items()]
         texts.append(f"{place}, {metric} against the first arm [95 % CI] (seeds): {'; '.join(each)}")
     return Verdict(combine(words), ". ".join(texts))
 
 
-def all_worse(verdicts: list[str]) -> str:
-    """The part earns its place: every arm without it is worse."""
-    if all(verdict == "worse" for verdict in verdicts):
-        return HOLDS
-    return FAILS if any(verdict in ("better", "equivalent") for verdict in verdicts) else UNDECIDED
+def all_worse(evidence: Evidence, room: str, *arms: str) -> Verdict:
+    """The part earns its place: every arm without it is worse. It fails where one is not worse by the margin."""
+
+    def rule(found: list[tuple[str, bool]]) -> str:
+        if any(is_not for _, is_not in found):
+            return FAILS
+        return HOLDS if all(word == "worse" for word, _ in found) else UNDECIDED
+
+    return by_arms(evidence, room, arms, True, rule)
 
 
-def none_better(verdicts: list[str]) -> str:
-    """Nothing is lost: no arm is better, and that is known of every one."""
-    if any(verdict == "better" for verdict in verdicts):
-        return FAILS
-    return HOLDS if all(verdict in ("worse", "equivalent") for verdict in verdicts) else UNDECIDED
+def none_better(evidence: Evidence, room: str, *arms: str) -> Verdict:
+    """Nothing is lost: no arm is better, and of every one it is shown that it is not, by more than the margin."""
+
+    def rule(found: list[tuple[str, bool]]) -> str:
+        if any(word == "better" for word, _ in found):
+            return FAILS
+        return HOLDS if all(is_not for _, is_not in found) else UNDECIDED
+
+    return by_arms(evidence, room, arms, False, rule)
 
 
 def of_blocks(evidence: Evidence, arm: str, column: str, t: float | None = None) -> pd.Series:

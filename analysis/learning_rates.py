@@ -31,10 +31,14 @@ TIE = 1e-3  # of val_loss, which a seed moves by 0.0005 to 0.003: one seed tells
 
 
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials in order, with `chosen` marking each arm's lowest rate whose val_loss is within TIE of its best."""
+    """The trials in order, with `chosen` marking each arm's lowest rate whose val_loss is within TIE of its best.
+
+    That of a rate is the mean over its seeds: the least of several would be the luckiest seed's.
+    """
     trials = trials.sort_values(KEY).reset_index(drop=True)
     arms = trials.groupby(KEY[:3])
-    tied = trials["val_loss"] <= arms["val_loss"].transform("min") + TIE
+    loss = trials.groupby(KEY[:4])["val_loss"].transform("mean")
+    tied = loss <= loss.groupby([trials[key] for key in KEY[:3]]).transform("min") + TIE
     tied &= arms["lr"].transform("nunique") >= LEAST
     trials["chosen"] = tied & ~trials.where(tied).duplicated(KEY[:3])
     return trials

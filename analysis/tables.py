@@ -30,6 +30,7 @@ TIERS = ("laptop", "hour", "paper")
 HIGHER_IS_BETTER = ("precision", "recall")
 TEXTS = ("signature", "commit", "data_fingerprint", "reference", "weights", "dtype")  # columns, not numbers
 ASIDE = ("arms", "metric", "nfe", "margin")  # arguments that ask something else
+STEADY = 1.3
 Values = dict[str, dict[int, float]]
 
 
@@ -107,6 +108,17 @@ def values_of(rows: pd.DataFrame, experiment: "Experiment", column: str) -> Valu
     return values
 
 
+def pace(runs: pd.DataFrame) -> pd.Series:
+    """Images a second in training, by arm, on the device that ran the most of them.
+
+    Empty where an arm's own seeds are further apart than STEADY: then it tells what else the machine did, or of other
+    kernels, and not of the arm.
+    """
+    rates = runs[runs["device"].isin(runs["device"].mode()[:1])].dropna(subset="images_per_second")
+    of_arm = rates.groupby("arm")["images_per_second"]
+    return of_arm.median() if (of_arm.max() <= STEADY * of_arm.min()).all() else pd.Series(dtype=float)
+
+
 def floor_of(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of real images that were measured on the images, and with the extractor, of `runs`, if there are any."""
     floor = rows[rows["arm"] == "real"]
@@ -151,15 +163,21 @@ def table_of(
         d = against[name].get(arm)
         own.append(Cell(render.difference(d.mean, d.low, d.high, d.n) if d else NOT_APPLICABLE))
         if name == primary:
-            own.append(Cell((d.verdict if d.n else MISSING) if d else NOT_APPLICABLE))
+            own.append(Cell(verdict(d) if d else NOT_APPLICABLE))
         return own
 
-    def median(arm: str, column: str) -> float:
-        return float(pd.to_numeric(runs.loc[runs["arm"] == arm, column]).median())
+    def verdict(d: stats.Difference) -> str:
+        """Of fewer seeds than the room has, it may be of those that survived: told."""
+        missing = f" ({d.n} of {len(experiment.seeds)} seeds)" if d.n < len(experiment.seeds) else ""
+        return d.verdict + missing if d.n else MISSING
+
+    costs = {key: runs.groupby("arm")[key].median() for key in ("params", "macs")}
+    if len(speed := pace(runs)):
+        costs["images_per_second"] = speed
 
     def line(arm: str) -> list[Cell]:
         count = len(values[primary][arm])
-        cost = [render.quantity(median(arm, key)) for key in ("params", "macs", "images_per_second")]
+        cost = [render.quantity(float(of_arm.get(arm, math.nan))) for of_arm in costs.values()]
         mark = "" if arm in tuned else " †"
         return [
             Cell(arm + mark),
@@ -170,17 +188,19 @@ def table_of(
         ]
 
     header = ["arm", "what it changes", "seeds", *(text for name in metrics for text in head(name))]
-    header += ["params", "MACs", "images/s"]
+    header += ["params", "MACs", "images/s"][: len(costs)]
     lines = [line(arm) for arm in experiment.arms]
     lines.append(floor_line(floor, metrics, lines[0], header, extractor))
     everyone = len(tuned & set(experiment.arms)) == len(experiment.arms)
-    note = note_of(runs, experiment, stats.pooled_sd(values[primary], first)) + ("" if everyone else UNTUNED)
+    note = note_of(runs, experiment, values[primary], len(speed) > 0)
+    note += "" if everyone else UNTUNED
     verdicts = [render.sentence(arm, d, render.label(primary, extractor)) for arm, d in against[primary].items()]
     return Table(
         f"{title}, {render.label(primary, extractor)} at {experiment.nfe} NFE", header, lines, note, slug, verdicts
     )
 
 
+TIMED = "; images/s as trained, beside whatever else the machine did"
 UNTUNED = " † untuned: trained at the room's learning rate, not at one chosen for the arm (`learning_rates.csv`)."
 
 
@@ -202,23 +222,25 @@ def floor_line(
     return cells
 
 
-def note_of(runs: pd.DataFrame, experiment: "Experiment", spread: tuple[float, int, int]) -> str:
+def note_of(runs: pd.DataFrame, experiment: "Experiment", values: Values, timed: bool) -> str:
     """The protocol, the devices, the command, and what the seeds could have shown."""
 
     def of(column: str) -> str:
         return ", ".join(sorted({stats.plain(value) for value in runs[column].dropna()})) or "?"
 
-    name, (sd, seeds, tests) = experiment.name, spread
+    name, first = experiment.name, experiment.arms[0]
+    (sd, seeds, tests), left = stats.pooled_sd(values, first), stats.left_by_pairing(values, first)
     least = stats.detectable(sd, seeds, tests)
+    luck = f" Pairing by seed leaves {left:.2g} of a difference's variance." if math.isfinite(left) else ""
     shows = f"{least:.2g}" if math.isfinite(least) else "unknown, with fewer than two seeds in each arm"
     return (
         f"Mean ± SE (seeds); bold: the best and what is not significantly worse. n={of('n')}, {experiment.nfe} NFE, "
         f"solver {of('solver')}, extractor {of('extractor')}, reference {of('reference')}, EMA weights after "
-        f"{of('images')} images in batches of {of('batch')}, on {of('device')}; images/s as trained, beside "
-        f"whatever else the machine did. "
+        f"{of('images')} images in batches of {of('batch')}, on {of('device')}"
+        f"{TIMED if timed else ''}. "
         f"Made by `python experiments/run.py experiment={name}`, `python -m analysis.collect experiment={name}`, "
         f"`python -m analysis.tables experiment={name}`. Smallest difference that {seeds or 'these'} seeds show with "
-        f"80 % power over {tests} {'arms' if tests > 1 else 'arm'}: {shows}; margin: {experiment.margin:g}."
+        f"80 % power over {tests} {'arms' if tests > 1 else 'arm'}: {shows}; margin: {experiment.margin:g}.{luck}"
     )
 
 

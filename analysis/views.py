@@ -100,12 +100,11 @@ def against(of: Series, first: str, ratio: bool) -> Series:
 
 
 def costs(view: View) -> dict[str, pd.Series]:
-    """{axis: {arm: cost}} of the costs that differ between arms; the time is that of the device which ran the most."""
+    """{axis: {arm: cost}} of the costs that differ between arms."""
     rows = view.at_nfe()
     found = {name: rows.groupby("arm")[key].median() for key, name in COSTS.items()}
-    if len(device := rows["device"].mode()):
-        timed = rows[rows["device"] == device[0]].groupby("arm")["images_per_second"]
-        found[f"training ms an image ({device[0]})"] = 1000 / timed.median()
+    if len(speed := tables.pace(rows)):
+        found[f"training ms an image ({rows['device'].mode()[0]})"] = 1000 / speed
     found = {name: cost.dropna() for name, cost in found.items()}
     return {name: cost for name, cost in found.items() if len(cost) > 1 and cost.max() > MATCHED * cost.min()}
 

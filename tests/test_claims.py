@@ -1,12 +1,15 @@
 """A verdict follows from data: each rule says `holds` for data that bear a claim out, `does not hold` for others."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 
-from analysis import claim_networks, claim_rules, claims, cli
+from analysis import claim_networks, claim_rules, claims, cli, stats
 from analysis.claim_rules import RULES
 from analysis.dynamics import COLUMNS
 from analysis.evidence import FAILS, HOLDS, UNDECIDED, Evidence, Missing, all_worse, combine, none_better
@@ -83,7 +86,7 @@ def memory(root, gb):
 
 # {claim: (room, arms without the part)}
 EARNS = {
-    "multi_scale": ("spatial_mix", ["mix_7x7"]),
+    "multi_scale": ("spatial_mix", ["mix_7x7", "mix_3x3"]),
     "more_than_convolution": ("mixer", ["conv", "conv_gated"]),
     "time_is_the_gate": ("gate", ["static_gate"]),
     "gate_earns": ("gate", ["fixed_gate", "no_gate"]),
@@ -117,9 +120,41 @@ def test_what_replaces_may_not_lose(claim, tmp_path):
         assert RULES[claim](room(tmp_path, name, values)).word == word
 
 
-def test_one_decided_arm_of_two_is_not_enough():
-    assert all_worse(["worse", "undecided"]) == none_better(["worse", "undecided"]) == UNDECIDED
-    assert all_worse(["worse", "equivalent"]) == none_better(["undecided", "better"]) == FAILS
+@pytest.mark.parametrize(
+    ("spread", "earns", "lost"),
+    [
+        # {arm: its differences on three seeds}, in margins of 0.1; an interval goes 2.5 SD to either side
+        ({"a": [3, 3.1, 3.2], "b": [-1, 1, 3]}, UNDECIDED, UNDECIDED),  # worse; may be anything
+        ({"a": [3, 3.1, 3.2], "b": [-0.1, 0, 0.1]}, FAILS, HOLDS),  # worse; equivalent
+        ({"a": [-1, 1, 3], "b": [-3, -3.1, -3.2]}, FAILS, FAILS),  # anything; better
+        ({"a": [3, 3.1, 3.2], "b": [0.3, 0.7, 1.1]}, UNDECIDED, HOLDS),  # undecided, but no better
+        ({"a": [3, 3.1, 3.2], "b": [-1.1, -0.7, -0.3]}, FAILS, UNDECIDED),  # undecided, but no worse
+    ],
+)
+def test_an_interval_that_ends_before_the_margin_decides_one_side(spread, earns, lost, monkeypatch):
+    for sign in (1, -1):  # lower is better, or higher
+        values = {"first": dict.fromkeys(range(3), 0.0)}
+        values |= {arm: dict(enumerate(sign * 0.1 * x for x in each)) for arm, each in spread.items()}
+        compared = stats.compare(values, "first", 0.1, sign > 0)
+        monkeypatch.setattr(
+            Evidence, "differences", lambda *_, of=compared: {"here": {a: (d, "fd") for a, d in of.items()}}
+        )
+        asked = SimpleNamespace(margin=0.1, lower_is_better=sign > 0)
+        monkeypatch.setattr(Evidence, "rows", lambda *_, of=asked: {"here": (of, None)})
+        evidence = Evidence(Path())
+        assert (all_worse(evidence, "room", "a", "b").word, none_better(evidence, "room", "a", "b").word) == (
+            earns,
+            lost,
+        )
+
+
+def test_a_room_that_no_longer_lists_an_arm_lacks_it(tmp_path):
+    evidence = room(tmp_path, "gate", {"baseline": 0.3, "fixed_gate": 0.3})
+    yaml = tmp_path / "gate" / "experiment.yaml"
+    yaml.write_text(yaml.read_text().replace("static_gate, ", ""))
+    assert "static_gate" not in yaml.read_text()
+    with pytest.raises(Missing, match="static_gate"):
+        RULES["time_is_the_gate"](evidence)
 
 
 def test_tiers_that_disagree_leave_a_claim_undecided():

@@ -94,13 +94,19 @@ def test_a_second_collection_is_identical_and_rows_without_runs_stay(out, tmp_pa
     assert path.read_bytes() == first
 
 
-def test_a_run_made_again_replaces_its_rows(out, tmp_path):
+def test_a_run_made_again_replaces_its_rows_and_that_its_code_is_another_is_told(out, tmp_path, capsys):
     record = make(out, fd=0.3)
     gather(runs.from_folders(out), tmp_path / "room")
     shutil.rmtree(record.folder)
     make(out, fd=0.2)
+    capsys.readouterr()
     rows = gather(runs.from_folders(out), tmp_path / "room")
     assert [r["fd"] for r in rows] == ["1.2", "0.23125", "0.25"]
+    assert "other code" not in capsys.readouterr().out
+    path = tmp_path / "room/results.csv"
+    path.write_text(path.read_text().replace(rows[0]["commit"], "0123456789"))
+    gather(runs.from_folders(out), tmp_path / "room")
+    assert f"baseline (seed 0, 0123456 -> {rows[0]['commit'][:7]})" in capsys.readouterr().out
 
 
 def test_an_arm_s_rows_of_another_rate_never_stand_beside_today_s(out, tmp_path, monkeypatch):

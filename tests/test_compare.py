@@ -1,5 +1,7 @@
 """Two runs side by side: every difference is shown, and none that the protocols do not allow."""
 
+import json
+
 import numpy as np
 import pytest
 from test_collect import make
@@ -45,6 +47,15 @@ def test_scores_of_another_protocol_get_no_difference(pair, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "scores are not comparable: n 1797 against 500" in text
     assert next(line for line in text.splitlines() if line.startswith("fd at 32")).split()[-1] == "—"
+
+
+def test_losses_of_other_images_get_no_difference(pair, tmp_path, capsys):
+    path = pair[1].folder / "env.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"data_fingerprint": "0000"}))
+    assert compare.main([str(record.folder) for record in pair], tmp_path) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[:1] == ["val_loss"])[-1] == "—"
 
 
 def test_an_older_run_tells_less_and_other_losses_get_no_difference(pair, tmp_path, capsys):

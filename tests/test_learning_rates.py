@@ -31,6 +31,14 @@ def test_the_lowest_rate_is_chosen_of_those_that_tie_the_lowest_held_out_loss():
     assert trials["lr"].tolist() == [*(3 * [1, 2, 3]), 1, 2]
 
 
+def test_a_rate_has_the_mean_of_its_seeds_and_no_lucky_one_decides():
+    place = {"tier": "laptop", "data": "digits", "arm": "a"}
+    losses = {1: (0.425, 0.425), 2: (0.430, 0.4195), 3: (0.5, 0.5)}  # rate 2: a lucky seed, a mean that ties
+    rows = [{**place, "seed": s, "lr": lr, "val_loss": x} for lr, each in losses.items() for s, x in enumerate(each)]
+    trials = learning_rates.choose(pd.DataFrame(rows))
+    assert trials[trials["chosen"]][["lr", "seed"]].values.tolist() == [[1, 0]]
+
+
 def test_a_trial_differs_from_the_arm_in_its_rate_alone():
     today = compose.plan(["ablation=conv"])[1][0]
     other = replace(today, optim=replace(today.optim, lr=1e-5))

@@ -208,7 +208,29 @@ def test_protocols_must_agree():
 def test_rows_of_other_arithmetic_or_weights_are_refused_and_what_is_not_known_is_not():
     row = {key: 1 for key in stats.PROTOCOL} | {"arm": "a", "seed": 0}
     older = {k: v for k, v in row.items() if k not in ("dtype", "weights")}
-    stats.check_protocol([row, older, row | {"dtype": math.nan, "weights": ""}])
+    older |= {"seed": 1}
+    stats.check_protocol([row, older, row | {"seed": 2, "dtype": math.nan, "weights": ""}])
     for key in ("dtype", "weights", "n"):
         with pytest.raises(BadInput, match=f"their {key} differs: 1 in a .seed 0., 2 in b"):
             stats.check_protocol([row, older, row | {key: 2, "arm": "b"}])
+
+
+def test_an_arm_has_each_seed_once_and_all_of_one_rate():
+    row = {"arm": "a", "seed": 0, "lr": 0.008, "ema": 0.99}
+    alike = [row, row | {"seed": 1}, row | {"arm": "b", "lr": 0.016}]
+    stats.check_protocol(alike)
+    with pytest.raises(BadInput, match=r"a \(seed 1\) has two rows of one NFE: remove the older"):
+        stats.check_protocol([*alike, row | {"seed": 1}])
+    for key, value in (("lr", 0.016), ("ema", 0.9)):
+        with pytest.raises(BadInput, match=rf"their {key} differs: .* in a \(seed 0\), {value} in a \(seed 2\)"):
+            stats.check_protocol([*alike, row | {"seed": 2, key: value}])
+
+
+def test_pairing_leaves_of_the_variance_what_the_arms_do_not_share():
+    rng = RNG(3)
+    shared, own = rng.normal(0, 1, 4000), rng.normal(0, 1, (3, 4000))
+    values = {"baseline": seeds(shared + own[0]), "paired": seeds(shared + own[1])}
+    assert stats.left_by_pairing(values, "baseline") == pytest.approx(0.5, abs=0.03)
+    values |= {"apart": seeds(own[2]), "opposed": seeds(-shared)}  # the median of 0.5, 1 and 5 / 3
+    assert stats.left_by_pairing(values, "baseline") == pytest.approx(1, abs=0.05)
+    assert math.isnan(stats.left_by_pairing({"baseline": seeds([1.0]), "a": seeds([2.0])}, "baseline"))

@@ -102,10 +102,32 @@ def test_missing_runs_and_single_seeds_are_named_not_hidden(root):
     fill(root, results(seeds=1))
     table = one(root)
     assert cells(table, "baseline")["fd_pixel ↓"].text == "1.090 ± — (1)"
-    assert cells(table, "good")["verdict"].text == "undecided"
+    assert cells(table, "good")["verdict"].text == "undecided (1 of 5 seeds)"
     assert cells(table, "absent")["fd_pixel ↓"].text == "X"
     assert not any(cell.bold for line in table.rows for cell in line)
     assert "unknown, with fewer than two seeds" in table.note
+
+
+def test_a_verdict_of_the_seeds_that_are_left_says_so(root):
+    rows = results()
+    lost = [r for r in rows if (r["arm"], r["seed"]) != ("good", "4")]
+    fill(root, lost)
+    assert cells(one(root), "good")["verdict"].text == "better (4 of 5 seeds)"
+    assert cells(one(root), "bad")["verdict"].text == "worse"
+    fill(root, [r for r in rows if (r["arm"], r["seed"]) != ("baseline", "4")])  # then every difference has four
+    assert cells(one(root), "bad")["verdict"].text == "worse (4 of 5 seeds)"
+
+
+def test_a_speed_is_shown_where_the_seeds_of_an_arm_agree_on_it(root):
+    rows = results()
+    assert one(Path(fill(root, rows)).parent).header[-1] == "images/s"
+    busy = [r | ({"images_per_second": "300"} if (r["arm"], r["seed"]) == ("bad", "2") else {}) for r in rows]
+    fill(root, busy)
+    table = one(root)
+    assert table.header[-2:] == ["params", "MACs"] and "images/s" not in table.note
+    assert len(cells(table, "alike")["all"]) == len(table.header)
+    fill(root, [r | ({"device": "another"} if r["images_per_second"] == "300" else {}) for r in busy])
+    assert one(root).header[-1] == "images/s"  # of the device that ran the most
 
 
 def test_the_floor_has_its_own_n(root):
