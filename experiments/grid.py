@@ -208,7 +208,9 @@ class Pool:
         for process, _, _ in self.busy.values():
             with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(process.pid, signal.SIGTERM)
-        for process, _, _ in self.busy.values():
+        for pipe, (process, _, _) in self.busy.items():
+            with contextlib.suppress(OSError):
+                pipe.send(None)  # to one that was between two runs
             process.join()
 
 
@@ -234,7 +236,8 @@ def work(pipe: Connection, experiment: str | None = None) -> None:
         reason = ""
         try:
             record.create()
-            log = os.open(record.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(record.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            sys.stdout.flush()  # what was printed before belongs where it was printed
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
@@ -249,5 +252,6 @@ def work(pipe: Connection, experiment: str | None = None) -> None:
         except Exception as error:  # a run's failure must not end the grid
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):
             pipe.send((run.name, reason))

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_grid(launch, runs)
         return run_one(launch, runs[0], overrides)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not int(os.environ.get("RANK", "0")):  # of several processes all meet it
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, above all
         where = f" ({error.filename})" if error.filename else ""
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
               "optim.batch or, for the evaluation, eval.batch", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        forced = " without force=true" if any(o.partition("=")[0] == "force" for o in overrides) else ""
+        print(f"interrupted; the same command{forced} resumes", file=sys.stderr)
         return 130
 
 
@@ -96,7 +98,10 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
         screen.results(record)
         return 0
     given = [o for o in overrides if not o.startswith("ablation=")]
-    baseline = compose.plan(given)[1][0]
+    try:
+        baseline = compose.plan(given)[1][0]
+    except BadInput:  # what is given fits the arm alone, as model.blocks does another size's
+        baseline = run
     screen.header(run, baseline, record.folder, [o for o in given if "." in o.partition("=")[0]])
     if launch.dry:
         return 0
@@ -117,6 +122,10 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
 
 def check_same(run: Run, record: "Record") -> None:
     """Paths are not part of a signature: raises BadInput where a finished run is of other images or weights."""
+    from liquiddiff.record import read_run
+
+    if not run.data.path and (path := read_run(record.folder).data.path):
+        print(f"note: its images came from data.path={path}")
     if run.data.path:
         from liquiddiff.data import open_data
 
@@ -164,14 +173,12 @@ def compute(
     if others := distributed.rank() > 0:
         record = Follower(run, record.out)
     torch.set_num_threads(run.threads or max(1, device.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    torch.backends.cudnn.deterministic = True
     tags = {"arm": run.arm, "tier": run.tier, "room": compose.room_of(run.arm), "signature": run.signature()}
     tags |= {"experiment": experiment} if experiment else {}
     record.create()
     with record.lock(wait):
         if distributed.agreed(record.done):  # by another process, since this one looked
             return 0
-        record.describe()
         device.reset_peak(device.resolve_device(run.device))
         with distributed.first():
             metrics.check_count(run.eval.n, len(open_data(run.data, run.cache).images_NCHW))

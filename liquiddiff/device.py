@@ -23,6 +23,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -49,6 +51,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap, which would give back each that is above 32 MB
+
+
+def settle() -> None:
+    """What every run wants of torch: the same result again, and of float32 all of its bits (a T4 has no TF32)."""
+    keep_freed_memory()
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def reset_peak(device: torch.device) -> None:
@@ -80,10 +89,10 @@ def cores() -> int:
 def deferred_interrupt() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGUSR2 only add to the list that this yields, so that a step is never torn in two.
 
-    Off the main thread, and for a signal that is ignored, nothing changes. An error after a signal stays what it is,
-    with two exceptions, which raise KeyboardInterrupt as without it: a handler of the program's own, which a worker or
-    a scheduler's job must not miss, and several processes, of which another may have left already. If the error was
-    not of that, the resumed run meets it.
+    One that nobody acted on raises KeyboardInterrupt at the end. Off the main thread, and for a signal that is ignored,
+    nothing changes. An error after a signal stays what it is, with two exceptions, which raise KeyboardInterrupt as
+    without it: a handler of the program's own, which a worker or a scheduler's job must not miss, and several
+    processes, of which another may have left already. If the error was not of that, the resumed run meets it.
     """
     seen: list[int] = []
     before: dict[int, Any] = {}
@@ -101,6 +110,8 @@ def deferred_interrupt() -> Iterator[list[int]]:
     finally:
         for key, handler in before.items():
             signal.signal(key, handler)
+    if seen:
+        raise KeyboardInterrupt(*seen)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

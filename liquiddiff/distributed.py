@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from liquiddiff.config import BadInput
+
 PATIENCE = timedelta(hours=6)  # that others wait while process 0 decodes a data set or measures
 
 
@@ -47,12 +49,17 @@ def size() -> int:
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Process 0 does what is inside, and then the others, who find it done."""
-    if rank():
-        any_of(False)
-    yield
+    """Process 0 does what is inside, then the others, who find it done; bad input that it meets, all of them raise."""
+    if rank() and (met := agreed(None)):
+        raise met
+    try:
+        yield
+    except BadInput as error:
+        if not rank():
+            agreed(error)
+        raise
     if not rank():
-        any_of(False)
+        agreed(None)
 
 
 def agreed(value: Any) -> Any:

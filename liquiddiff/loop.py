@@ -1,5 +1,6 @@
 """`train`, the one loop: a run in its folder, from its last checkpoint to its budget."""
 
+import errno
 import math
 import time
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor
 
 from liquiddiff import budget, checkpoint, depthwise, distributed, flow, reflow
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.data import ImageData, open_data
-from liquiddiff.device import deferred_interrupt, device_name, keep_freed_memory, resolve_device
+from liquiddiff.device import deferred_interrupt, device_name, resolve_device, settle
 from liquiddiff.record import Follower, Record, own_code
 from liquiddiff.seeding import initialise
 from liquiddiff.solvers import TABLEAUX
@@ -84,7 +86,6 @@ def train(run: Run, out: str | Path | None = None) -> tuple[RectifiedFlowTrainer
     record = (Follower if distributed.rank() else Record)(run, out)
     record.create()
     with record.lock():
-        record.describe()
         return fit(run, record)
 
 
@@ -100,7 +101,7 @@ def fit(
     BadInput, NonFinite, or KeyboardInterrupt once a checkpoint is written: a signal waits for the end of the step.
     """
     device = resolve_device(run.device)
-    keep_freed_memory()
+    settle()
     choose("time distribution", run.flow.times, flow.TIMES)
     choose("loss", run.flow.loss, flow.LOSSES)
     choose("prediction", run.flow.prediction, flow.PREDICTIONS)
@@ -115,6 +116,7 @@ def fit(
         images = open_data(run.data, run.cache)
     trainer = prepare(run, device)
     before, commits = restore(trainer, record, images.fingerprint)
+    record.describe()  # not before: a run that is refused leaves the folder as it found it
     trainer.seconds = before
     if trainer.images < run.optim.images and own_code()[0] not in commits[-1:]:
         commits.append(own_code()[0])
@@ -164,9 +166,14 @@ def fit(
             progress(trainer.images, loss)
             if stop:
                 raise KeyboardInterrupt(*distributed.union(interrupted))
+        if distributed.any_of(bool(interrupted)):  # since the last step looked
+            raise KeyboardInterrupt(*distributed.union(interrupted))
     trainer.check_finite()
     if not distributed.rank():
-        cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
+        try:
+            cast(PyTorchModelHubMixin, trainer.ema.net).save_pretrained(record.folder / "model")
+        except SafetensorError as error:  # of a full disk
+            raise OSError(errno.EIO, str(error), str(record.folder / "model")) from error
     if pairs:
         mine = reflow.straightness_of(trainer, run)
         record.write({"straightness": mine, "teacher_straightness": pairs.straightness})

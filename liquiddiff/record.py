@@ -61,6 +61,8 @@ class Record:
 
     def create(self) -> None:
         """Make the folder. Raises BadInput where that cannot be."""
+        if set("?%") & set(uri := self.tracking_uri()) and uri.startswith("sqlite:"):
+            raise BadInput(f"out={self.out}: MLflow takes no ? or % in the path of its database; use another out=")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "lock").touch()
@@ -78,9 +80,13 @@ class Record:
         with open(self.folder / "lock", "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except OSError as error:
+            except BlockingIOError as error:
                 raise BadInput(
                     f"{self.folder} is being written by another process; wait for it, or use another out="
+                ) from error
+            except OSError as error:
+                raise BadInput(
+                    f"{self.folder} cannot be locked ({error.strerror}): its file system has no flock; use another out="
                 ) from error
             yield
 

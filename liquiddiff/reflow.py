@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -124,13 +125,18 @@ def open_pairs(run: Run, record: Record, fingerprint: str) -> Pairs:
                 fcntl.flock(file, fcntl.LOCK_EX)  # who comes second finds them made
                 for (start, stop), path in zip(ranges, paths, strict=True):
                     if not (original := shared / path.name).exists():
-                        _write(original, _generate(fitted, run, start, stop))
+                        _write(original, _generate(fitted, run, start, stop), fingerprint)
                     _link(original, path)
         except OSError as error:
             raise BadInput(
                 f"cannot write to {folder}: {error.strerror}. Free some space and give the same command again"
             ) from error
     parts = [load_file(path) for path in paths]
+    for path in paths:
+        with safe_open(path, "pt") as file:  # older ones do not tell
+            theirs = (file.metadata() or {}).get("fingerprint", fingerprint)
+        if theirs != fingerprint:
+            raise BadInput(f"{path} is of a teacher of data {theirs}, this run has {fingerprint}; give another out=DIR")
     return Pairs(
         torch.cat([part["images"] for part in parts]), parts[0]["straightness"].item(), run.seed, run.flow.times
     )
@@ -157,6 +163,11 @@ def teach(run: Run, out: Path, fingerprint: str) -> "tuple[RectifiedFlowTrainer,
                 f"this run has {fingerprint}; give another out=DIR"
             )
         fitted = loop.prepare(teacher, resolve_device(teacher.device))
+        if state["precision"] != fitted.precision:
+            raise BadInput(
+                f"the teacher in {found.folder} was trained in {state['precision']}, here it would compute in "
+                f"{fitted.precision}: give a device of the same kind, or another out=DIR"
+            )
         fitted.load_state(state)
         return fitted, found.folder
 
@@ -167,7 +178,6 @@ def teach(run: Run, out: Path, fingerprint: str) -> "tuple[RectifiedFlowTrainer,
     with own.lock(wait=True):
         if found := finished():
             return found
-        own.describe()
         return loop.fit(teacher, own)[0], own.folder
 
 
@@ -182,12 +192,12 @@ def _generate(fitted: "RectifiedFlowTrainer", run: Run, start: int, stop: int) -
     return {"images": torch.cat(images), **extra}
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Aside, synced, renamed: whoever finds the file finds it whole."""
+def _write(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> None:
+    """Aside, synced, renamed: whoever finds the file finds it whole. With the fingerprint of the teacher's images."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(save(tensors))
+            file.write(save(tensors, {"fingerprint": fingerprint}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

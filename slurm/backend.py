@@ -13,7 +13,7 @@ import submitit
 
 from liquiddiff.config import BadInput, Run
 from slurm.job import Job, compute_run
-from slurm.ledger import Ledger, Submission, ask
+from slurm.ledger import NAME, Ledger, Submission, ask
 from slurm.nodes import Profile
 
 TIMEOUTS = 100  # how often a job may meet its time limit; submitit's 3 would end a long run
@@ -50,12 +50,24 @@ def submit(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits: a job that is queued but not noted would be queued again."""
+    """A signal waits: a job that is queued but not noted would be queued again.
+
+    Ctrl-C is blocked besides, so that sbatch does not see it either; it may still reach one of torch's threads.
+    """
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: seen.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # one that waited is seen now
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if seen:
+        signal.raise_signal(seen[0])
 
 
 def on_slurm(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job], gpus: int) -> list[str]:
@@ -65,7 +77,7 @@ def on_slurm(folder: Path, env: dict[str, str], profile: Profile, jobs: list[Job
         raise BadInput(f"gpus={gpus} does not fill nodes of {a_node} GPUs: give a multiple of {a_node}, or fewer")
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=TIMEOUTS)
     executor.update_parameters(
-        name="liquiddiff",
+        name=NAME,
         timeout_min=profile.minutes,
         nodes=gpus // a_node,
         tasks_per_node=a_node,

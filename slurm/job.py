@@ -121,6 +121,7 @@ def to_log(folder: Path | None) -> Iterator[None]:
         return
     kept = os.dup(1), os.dup(2)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
     for number in (1, 2):
         os.dup2(log, number)
     try:

@@ -116,6 +116,8 @@ def submit(
     """Submit what is new or stale; with `again`, what failed or is stale. The rest is done, or on its way."""
     if options["cluster"] == "slurm" and not options["profile"]:
         raise BadInput(f"profile=NAME is missing: {', '.join(profiles())}, or a FILE.yaml; or give cluster=local")
+    if launch.jobs < 1:
+        raise BadInput(f"jobs={launch.jobs} must be at least 1")
     profile = load_profile(options["profile"] or "cpu")
     wanted = ("failed", "stale") if again else ("new", "stale")
     with ledger.lock():

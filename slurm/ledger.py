@@ -7,12 +7,14 @@
 No folder is ever listed: a status asks for files by name, so that ten thousand runs cost ten thousand `stat`s.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,7 @@ from liquiddiff.record import CODE, code_version, write_atomic
 from slurm.job import read_state, state_path
 
 ROOT = Path(__file__).resolve().parents[1]
+NAME = "liquiddiff"  # of every job
 TAIL = 4096  # bytes at the end of metrics.jsonl that hold its last training line
 
 
@@ -83,16 +86,34 @@ class Ledger:
             yield
 
     def submissions(self) -> list[Submission]:
-        """Every submission, oldest first."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [Submission(**json.loads(line)) for line in lines]
+        """Every submission, oldest first. A line torn by a kill or a full disk is left out, and told."""
+        found, torn = [], 0
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                found.append(Submission(**json.loads(line)))
+            except json.JSONDecodeError:
+                torn += bool(line)
+        if torn:
+            print(f"note: {torn} torn line in {self.path}; squeue -n {NAME} shows what it was of", file=sys.stderr)
+        return found
 
     def add(self, submission: Submission) -> None:
-        """Note what was submitted."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(asdict(submission)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Note what was submitted. Raises OSError, leaving the file as it was."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            line = b"\n" * self._torn() + json.dumps(asdict(submission)).encode() + b"\n"
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def _torn(self) -> bool:
+        """The file ends within a line."""
+        content = self.path.read_bytes()
+        return bool(content) and not content.endswith(b"\n")
 
     def states(self, totals: dict[str, int]) -> list[State]:
         """Of the runs named, which have these budgets; of every run ever submitted where none is named."""
@@ -167,7 +188,7 @@ def alive(jobs: list[tuple[Submission, str]]) -> dict[Path, str]:
     live: dict[Path, str] = {}
     known: dict[str, str] = {}
     if any(submission.cluster == "slurm" for submission, _ in jobs):
-        known = dict(line.split() for line in ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i %T"))
+        known = dict(line.split() for line in ask("squeue", "-h", "-r", "-n", NAME, "-o", "%i %T"))  # whoever's
     for submission, job in jobs:
         path = state_path(Path(submission.folder), job)
         if submission.cluster == "slurm" and job in known:

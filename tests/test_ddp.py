@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from experiments import compose
 from experiments.run import main
 from liquiddiff import distributed
+from liquiddiff.config import BadInput
 from liquiddiff.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,18 @@ def test_compiled_in_bf16_and_checkpointed(small, tmp_path):
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-2)
     for path in (one, two):
         assert json.loads(path.with_name("env.json").read_text())["precision"] == "bf16"
+
+
+def test_bad_input_that_the_first_process_meets_all_raise(monkeypatch):
+    told = []
+    monkeypatch.setattr(distributed, "agreed", lambda error: told.append(error) or BadInput("eval.n=5000"))
+    for rank, heard in ((1, [None]), (0, ["too many"])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with pytest.raises(BadInput, match=r"too many|eval.n=5000"), distributed.first():
+            assert rank == 0, "what it does is not done again where it cannot be"
+            raise BadInput("too many")
+        assert [error and str(error) for error in told] == heard
+        told.clear()
 
 
 def test_parts_of_a_batch_are_the_batch(monkeypatch):

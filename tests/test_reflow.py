@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments import compose
-from liquiddiff import flow, loop, reflow, trainer
+from liquiddiff import checkpoint, flow, loop, reflow, trainer
 from liquiddiff.config import BadInput
 from liquiddiff.record import Record
 from liquiddiff.solvers import integrate
@@ -157,6 +157,21 @@ def test_a_teacher_of_other_data_is_refused(small):
     loop.train(reflow.teacher_of(run))
     with pytest.raises(BadInput, match="was trained on data"):
         reflow.teach(run, Record(run).out, "0" * 16)
+
+
+def test_a_teacher_of_other_arithmetic_and_pairs_of_other_data_are_refused(small):
+    run = run_of(small)
+    images = loop.open_data(run.data, run.cache)
+    loop.train(run)
+    home = Record(reflow.teacher_of(run))
+    record = Record(run)
+    with pytest.raises(BadInput, match=r"0-16\.safetensors is of a teacher of data .*, this run has 0000"):
+        reflow.open_pairs(run, record, "0" * 16)
+    assert len(reflow.open_pairs(run, record, images.fingerprint).images_NCHW) == 40
+    shutil.rmtree(record.folder / "pairs")
+    checkpoint.save(checkpoint.load(home.folder) | {"precision": "fp16"}, home.folder)
+    with pytest.raises(BadInput, match="was trained in fp16, here it would compute in fp32"):
+        reflow.open_pairs(run, record, images.fingerprint)
 
 
 def test_three_runs_that_differ_in_their_evaluation_train_once(small, monkeypatch):

@@ -232,6 +232,71 @@ def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_p
     capsys.readouterr()
     assert main([*options, f"data.path={tmp_path}/b/cats", "seed=0,1"]) == 2  # nor by a grid
     assert "is of other images" in capsys.readouterr().err
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/done"))
+    (folder / "done").unlink()
+    described = (folder / "run.yaml").read_text()
+    assert main([*options, f"data.path={tmp_path}/b/cats"]) == 2  # nor is an unfinished one said to be of them
+    assert (folder / "run.yaml").read_text() == described and f"{tmp_path}/a/cats" in described
+
+
+def test_where_the_images_of_a_finished_run_came_from_is_told(small, tmp_path, capsys):
+    (tmp_path / "copy").mkdir()
+    for k in range(12):
+        Image.new("RGB", (16, 16), (k, 20, 30)).save(tmp_path / "copy" / f"{k}.png")
+    options = [o for o in small if not o.startswith(("eval.n=", "optim.images"))]
+    options += ["data=cifar10", "data.resolution=8", "eval.extractor=pixel", "eval.n=8", "optim.images=64"]
+    assert main([*options, f"data.path={tmp_path}/copy"]) == 0
+    capsys.readouterr()
+    assert main(options) == 0
+    assert f"note: its images came from data.path={tmp_path}/copy\nalready done" in capsys.readouterr().out
+
+
+def test_an_arm_of_another_size_takes_what_does_not_fit_the_baseline(tmp_path, capsys):
+    assert main(["ablation=size_small", "model.blocks=[1,1,1]", f"out={tmp_path}", "dry=true"]) == 0
+    assert "size_small" in capsys.readouterr().out
+
+
+def test_a_forced_run_that_is_interrupted_resumes_without_force(small, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.run.compute", stop)
+    for more, said in ([], "the same command resumes"), (["force=true"], "the same command without force=true resumes"):
+        assert main([*small, *more]) == 130
+        assert said in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_weights_is_one_line(small, monkeypatch, capsys):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("liquiddiff.unet.LiquidDiffusionUNet.save_pretrained", full)
+        assert main(small) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: Error while serializing") and error.endswith("give the same command again")
+    assert main(small) == 0
+
+
+def test_a_place_that_cannot_hold_a_run_is_told_and_why(small, tmp_path, monkeypatch, capsys):
+    assert main([*small, "device=meta"]) == 2
+    assert "device=meta cannot be used here (it computes nothing)" in capsys.readouterr().err
+    run = compose.plan(small)[1][0]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("a?b", "a%20b"):
+        with pytest.raises(BadInput, match=r"no \? or %"):
+            Record(run, tmp_path / name).create()
+
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+
+    record_of = Record(run)
+    record_of.create()
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with pytest.raises(BadInput, match="no flock"), record_of.lock():
+        pass
 
 
 def test_other_weights_of_the_extractor_are_not_taken_for_those_of_the_finished_run(small, tmp_path, capsys):

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from slurm.nodes import load_profile
         (["optim.lrr=1"], "unknown key 'optim.lrr'"),
         (["profile=/nowhere.yaml"], "cannot be read"),
         (["logs", "conv"], "no run of that name was submitted"),
+        (["cluster=local", "jobs=0"], "jobs=0 must be at least 1"),
         (["force=true"], "force=true belongs to experiments/run.py"),
         (["status", "conv"], "cannot read 'conv'; write key=value"),
     ],
@@ -85,6 +87,61 @@ def test_the_page_on_clusters_holds_todays_tables(tmp_path, monkeypatch, capsys)
     assert plan.main(["docs", "--check"]) == 1 and plan.PAGE.read_text() == old != whole
     assert "not of today's results" in capsys.readouterr().err
     assert plan.main(["docs"]) == 0 and plan.PAGE.read_text() == whole
+
+
+def test_a_torn_line_costs_its_own_jobs_alone(tmp_path, capsys):
+    ledger = Ledger(tmp_path)
+    one, two = (Submission(name, "slurm", "t4", "", "", False, str(tmp_path), jobs={name: [name]}) for name in "ab")
+    with ledger.lock():
+        ledger.add(one)
+        ledger.path.write_text(ledger.path.read_text() + ledger.path.read_text()[:40])  # by a kill
+        ledger.add(two)
+    assert ledger.submissions() == [one, two]
+    assert "1 torn line" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_torn_line(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    ledger.home.mkdir()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.add(Submission("a", "slurm", "t4", "", "", False, str(tmp_path)))
+    assert ledger.path.read_bytes() == b""
+
+
+def test_jobs_count_whoever_submitted_them(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("slurm.ledger.ask", lambda *command: asked.append(command) or ["7_0 PENDING"])
+    ledger = Ledger(tmp_path)
+    ledger.home.mkdir()
+    ledger.add(
+        Submission("a", "slurm", "t4", "", "", False, str(tmp_path / "a"), jobs={"7_0": ["run"]}, totals={"run": 9})
+    )
+    assert [state.kind for state in ledger.states({})] == ["queued"]
+    assert "-u" not in asked[0] and "liquiddiff" in asked[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_jobs_are_noted(number):
+    """Another thread may take it, as torch has some: blocking it in this one is not enough."""
+    rest, noted = threading.Event(), []
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=rest.wait)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), backend.undisturbed():
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            noted.append(number)
+        assert noted
+    finally:
+        rest.set()
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_waiting_survives_a_scheduler_that_does_not_answer(tmp_path, monkeypatch):

@@ -240,6 +240,28 @@ def test_an_error_after_a_signal_is_an_interruption_where_the_run_is_resumed(mon
     assert caught.value.args == (number,) and isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_signal_in_the_last_step_is_not_lost(small):
+    """Whoever waits for the run to stop, a scheduler or a grid, would wait for its evaluation, or for good."""
+    run, before = compose.as_run(compose.one([*small, "optim.images=96"])), signal.getsignal(signal.SIGINT)
+    record, saved = Record(run), []
+
+    def last():
+        saved.append(checkpoint.load(record.folder)["images"])
+        if saved[-1] == 96:
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        record.create()
+        with record.lock(), pytest.raises(KeyboardInterrupt) as caught:
+            loop.fit(run, record, on_checkpoint=last)
+        assert caught.value.args == (signal.SIGINT,) and saved[-1] == 96
+        with pytest.raises(KeyboardInterrupt), deferred_interrupt():  # nor between the last look and the end
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_finished_run_keeps_its_evaluation(small):
     run = compose.plan([*small, "optim.images=96"])[1][0]
     loop.train(run)
