@@ -5,11 +5,12 @@ element-wise work, so a MAC here is half of its figure. It misses FFTs and scans
 method `extra_macs(H, W)`, for one image. A module of which some weights are held at zero tells how many by `masked`.
 """
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from liquiddiff import peers
-from liquiddiff.config import BadInput, Mixer, Model, choose
+from liquiddiff.config import BadInput, Mixer, Model, choose, from_dict
 from liquiddiff.mixers import MIXERS, Slot
 from liquiddiff.unet import LiquidDiffusionUNet
 
@@ -151,10 +152,15 @@ def build(model: Model, image_shape: Shape) -> Network:
     return NETWORKS[choose("network", model.network, NETWORKS)](model, image_shape)
 
 
-def meta_cost(model: Model, image_shape: tuple[int, int, int]) -> Cost:
+def meta_cost(model: Model, image_shape: Shape) -> Cost:
     """Cost of a run's network, without allocating it."""
+    return _meta_cost(json.dumps(asdict(model)), image_shape)
+
+
+@cache
+def _meta_cost(model: str, image_shape: Shape) -> Cost:
     with torch.device("meta"):
-        return cost(build(model, image_shape), image_shape)
+        return cost(build(from_dict(Model, json.loads(model)), image_shape), image_shape)
 
 
 def baseline(model: Model) -> Model:
