@@ -141,8 +141,10 @@ Rule = Callable[[list[tuple[str, bool]]], str]
 
 
 def by_arms(evidence: Evidence, room: str, arms: tuple[str, ...], worse: bool, rule: Rule) -> Verdict:
-    """`rule` takes the arms' verdicts against the room's first arm, and whether each is shown not to be `worse`, or
-    else better, by more than the margin: its interval ends before.
+    """What `rule` says of the arms' verdicts against the room's first arm.
+
+    It takes beside each whether the arm is shown not to be `worse`, or else better, by the margin: its interval ends
+    before.
     """
     words, texts = [], []
     for place, compared in evidence.differences(room, *arms).items():

@@ -124,7 +124,8 @@ def check_same(run: Run, record: "Record") -> None:
     """Paths are not part of a signature: raises BadInput where a finished run is of other images or weights."""
     from liquiddiff.record import read_run
 
-    if not run.data.path and (path := read_run(record.folder).data.path):
+    known = (record.folder / "run.yaml").read_text()  # parsing that takes 10 ms, and a grid has many
+    if not run.data.path and "\n  path: null\n" not in known and (path := read_run(record.folder).data.path):
         print(f"note: its images came from data.path={path}")
     if run.data.path:
         from liquiddiff.data import open_data

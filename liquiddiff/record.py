@@ -61,7 +61,7 @@ class Record:
 
     def create(self) -> None:
         """Make the folder. Raises BadInput where that cannot be."""
-        if set("?%") & set(uri := self.tracking_uri()) and uri.startswith("sqlite:"):
+        if set("?%") & set(str(self.out.resolve())) and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise BadInput(f"out={self.out}: MLflow takes no ? or % in the path of its database; use another out=")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
