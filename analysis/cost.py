@@ -51,10 +51,10 @@ def bench_of(values: dict[str, str]) -> "Bench":
     import torch
 
     from analysis.benchmarks import Bench
-    from liquiddiff.device import cores, keep_freed_memory, resolve_device
+    from liquiddiff.device import cores, resolve_device, settle
 
     torch.set_num_threads(int(values["threads"]) or cores())
-    keep_freed_memory()  # as the training loop does
+    settle()  # as the training loop does
     return Bench(resolve_device(values["device"]), int(values["repeats"]))
 
 

@@ -99,9 +99,9 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
         return 0
     given = [o for o in overrides if not o.startswith("ablation=")]
     try:
-        baseline = compose.plan(given)[1][0]
+        baseline: Run | None = compose.plan(given)[1][0]
     except BadInput:  # what is given fits the arm alone, as model.blocks does another size's
-        baseline = run
+        baseline = None
     screen.header(run, baseline, record.folder, [o for o in given if "." in o.partition("=")[0]])
     if launch.dry:
         return 0

@@ -12,20 +12,24 @@ from liquiddiff.config import Run
 from liquiddiff.record import Record
 
 
-def header(run: Run, baseline: Run, folder: Path, given: list[str]) -> None:
-    """What will run: the arm's diff against the baseline, what was `given` to both, signature, cost, folder."""
+def header(run: Run, baseline: Run | None, folder: Path, given: list[str]) -> None:
+    """What will run: the arm's diff against the baseline, if any, what was `given` to both, signature, cost, folder."""
     from liquiddiff import budget
 
-    mine, theirs = (budget.meta_cost(r.model, r.image_shape) for r in (run, baseline))
+    mine, theirs = (budget.meta_cost(r.model, r.image_shape) for r in (run, baseline or run))
     print(f"arm        {run.arm}, seed {run.seed}, tier {run.tier}: {run.model.size} on {run.data.name} at "
           f"{run.data.resolution}x{run.data.resolution}, {budget.human(run.optim.images)} images")  # fmt: skip
-    for key, (old, new) in compose.diff(run, baseline).items():
+    for key, (old, new) in compose.diff(run, baseline or run).items():
         print(f"  {key}: {old} -> {new}")
     if given:
         print(f"given      {' '.join(given)}")
     print(f"signature  {run.signature()}")
     for name, a, b in (("parameters", mine.params, theirs.params), ("MACs", mine.macs, theirs.macs)):
-        against = "" if run.arm == "baseline" else f"  ({100 * (a / b - 1):+.1f} % of the baseline's {budget.human(b)})"
+        against = (
+            ""
+            if baseline is None or run.arm == "baseline"
+            else f"  ({100 * (a / b - 1):+.1f} % of the baseline's {budget.human(b)})"
+        )
         print(f"{name:10} {budget.human(a)}{against}")
     print(f"folder     {folder}", flush=True)
 

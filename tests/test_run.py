@@ -253,7 +253,8 @@ def test_where_the_images_of_a_finished_run_came_from_is_told(small, tmp_path, c
 
 def test_an_arm_of_another_size_takes_what_does_not_fit_the_baseline(tmp_path, capsys):
     assert main(["ablation=size_small", "model.blocks=[1,1,1]", f"out={tmp_path}", "dry=true"]) == 0
-    assert "size_small" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "size_small" in said and "of the baseline's" not in said
 
 
 def test_a_forced_run_that_is_interrupted_resumes_without_force(small, monkeypatch, capsys):
