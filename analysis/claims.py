@@ -27,8 +27,8 @@ that are built without memory. Nothing here is typed by hand, and `--check` runs
 
 A verdict is **holds**, **does not hold**, **undecided** (the data leave both open) or **not tested here**, with what it
 needs. It speaks of the tier and the data set that its numbers name, and of no other. A part *earns its place* where
-taking it out is worse by a room's own verdict; an arm that is equivalent within the margin, or better, says that it
-does not.
+taking it out is worse by a room's own verdict; it does not where the interval shows that taking it out costs less than
+the margin, which an arm may show that the room calls undecided (docs/reading.md tells when this rule was changed).
 """
 
 

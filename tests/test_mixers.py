@@ -1,10 +1,12 @@
 """Mixers: each against a reference from outside, none sees another sample, all cost what the baseline costs."""
 
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liquiddiff import budget, layers, scans, selective_scan
+from liquiddiff import budget, layers, mixers, scans, selective_scan
 from liquiddiff.config import SIZES, BadInput, Mixer, Model
 from liquiddiff.mixers import MIXERS, Slot
 from liquiddiff.seeding import initialise
@@ -144,6 +146,20 @@ def test_budgets_match_within_2_percent(size, match):
             assert mine.params == pytest.approx(base.params, rel=0.02), arm
         if match != "params":
             assert mine.macs == pytest.approx(base.macs, rel=0.02), arm
+
+
+def test_the_mixer_that_the_readme_adds(monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    names = dict(vars(mixers))
+    exec(re.search(r"```python\n(class Shift.*?)\nMIXERS = ", text, re.DOTALL)[1], names)
+    monkeypatch.setitem(MIXERS, "shift", names["Shift"])
+    model = model_of("nano", Mixer("shift"))
+    assert budget.meta_cost(model, SHAPES["nano"]).params == pytest.approx(baseline_cost("nano").params, rel=0.02)
+    mixer, (x, temb, t) = mixer_of(Mixer("shift")), inputs()
+    lone = torch.zeros_like(x)
+    lone[:, :, 2, 5] = x[:, :, 2, 5]
+    moved = (mixer(lone, temb, t) - mixer(torch.zeros_like(x), temb, t)).abs().sum(1) > 1e-6
+    assert moved.nonzero().tolist() == [[b, 2, 6] for b in range(3)]
 
 
 def test_identity_keeps_its_width_and_what_cannot_match_says_so():
