@@ -4,7 +4,6 @@ What is compared runs in turn, round after round, in one process: a ratio is tak
 the machine does falls on both sides, and its median and quartiles are over the rounds.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from liquiddiff import budget, depthwise
 from liquiddiff.config import SIZES, Model, Optim
+from liquiddiff.device import resolve_precision
 from liquiddiff.seeding import initialise
-from liquiddiff.trainer import RectifiedFlowTrainer
+from liquiddiff.trainer import DTYPES, RectifiedFlowTrainer
 
 Times = dict[str, list[float]]
 EVALUATIONS = 4  # of the network in a timed sampling, as real ones have several; images/s are those of one
@@ -126,9 +126,9 @@ def literal(bench: Bench) -> Iterator[Row]:
     """A training step against the literal reading of the seed in torch's default layout, from the same weights."""
     for size, channels, side, batch in (("tiny", 3, 32, 128 if bench.gpu else 16), ("nano", 1, 8, 128)):
         fast, x = bench.trainer(model_of(size), side, channels), images(batch, channels, side)
-        slow = copy.deepcopy(fast)
-        slow.model.to(memory_format=torch.contiguous_format)
-        slow.forward = slow.model
+        slow = bench.trainer(model_of(size), side, channels)
+        slow.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        slow.ema.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
         def step(slow: RectifiedFlowTrainer = slow, x: Tensor = x) -> None:
             with depthwise.literal():
@@ -155,8 +155,7 @@ def peers(bench: Bench) -> Iterator[Row]:
         networks, x = ("liquid", "ddpm_unet", "dit"), images(batch, 3, side)
         trainers = {name: bench.trainer(model_of("tiny", name), side) for name in networks}
         precision = trainers["liquid"].precision
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        product, flops = bench.matmul(dtype)
+        product, flops = bench.matmul(DTYPES[precision])
         tasks: dict[str, Callable[[], object]] = {"matmul": product}
         if torch.backends.mkldnn.is_available() and not bench.gpu:  # the other product that torch has
             square = torch.randn(2048, 2048)
@@ -193,7 +192,7 @@ def peers(bench: Bench) -> Iterator[Row]:
 def kernels(bench: Bench) -> Iterator[Row]:
     """Depthwise 7x7 with its gradients against three times its own forward; on a GPU also against copying."""
     B, C, H, k = 64, 64, 32, 7
-    dtype = torch.bfloat16 if bench.gpu else torch.float32
+    dtype = DTYPES[resolve_precision("auto", bench.device)]
     shape, weights = (B, C, H, H), (C, 1, k, k)
     x, g = (torch.randn(shape, device=bench.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
             for _ in range(2))  # fmt: skip

@@ -119,10 +119,12 @@ def facts(bench: "Bench") -> dict[str, Any]:
     import torch
 
     from liquiddiff import depthwise
-    from liquiddiff.device import device_name
+    from liquiddiff.device import device_name, resolve_precision
+    from liquiddiff.trainer import DTYPES
 
+    like = torch.empty(0, device=bench.device, dtype=DTYPES[resolve_precision("auto", bench.device)])
     found = {"device": device_name(bench.device), "torch": torch.__version__, "python": platform.python_version()}
-    return found | {"kernels": depthwise.backend(), "rounds": bench.repeats}
+    return found | {"kernels": depthwise.backend(like=like), "rounds": bench.repeats}
 
 
 class Quiet:

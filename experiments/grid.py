@@ -48,7 +48,7 @@ def run_grid(launch: Launch, runs: list[Run]) -> int:
         from liquiddiff import sources  # late, as they import torch: a finished grid has nothing to wait for
         from liquiddiff.device import cores, resolve_device
 
-        resolve_device(launch.device)  # what is wrong with all of them is told once
+        resolve_device(launch.device, use=False)  # what is wrong with all of them is told once
         sources.find(launch.data)
         todo[0].create()
 
@@ -136,14 +136,14 @@ class Pool:
             total=sum(r.run.optim.images for r in todo), unit="img", unit_scale=True, smoothing=0.02,
             mininterval=0.5 if tty else 60, ncols=None if tty else 100,
         )  # fmt: skip
-        for _ in range(min(launch.jobs, len(todo))):
-            self.start_worker()
+        for slot in range(min(launch.jobs, len(todo))):
+            self.start_worker(str(slot))
 
-    def start_worker(self) -> None:
-        """A fresh process (spawned: CUDA and OpenMP do not survive a fork) on the next run."""
+    def start_worker(self, slot: str) -> None:
+        """A fresh process (spawned: CUDA and OpenMP do not survive a fork) on the next run; it has its slot's name."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.experiment), daemon=False)
+        process = context.Process(target=work, name=slot, args=(theirs, self.experiment, int(slot)))
         process.start()
         theirs.close()
         self.hand_over(ours, process)
@@ -184,7 +184,7 @@ class Pool:
             self.finished(record, f"its process died (exit code {process.exitcode})", begin)
             del self.busy[pipe]
             if self.queue:
-                self.start_worker()
+                self.start_worker(process.name)
             return
         if isinstance(message, int):
             self.bar.update(message - self.images[record.folder.name])
@@ -219,9 +219,13 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def work(pipe: Connection, experiment: str | None = None) -> None:
-    """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt."""
+def work(pipe: Connection, experiment: str | None = None, slot: int = 0) -> None:
+    """Worker process: runs from `pipe`, progress and outcomes back; each run's output goes to its log.txt.
+
+    Of several GPUs it takes the one of its `slot`.
+    """
     from experiments.run import compute
+    from liquiddiff.device import take_share
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches every process; one signal is enough
@@ -241,6 +245,8 @@ def work(pipe: Connection, experiment: str | None = None) -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
+            if run.device != "cpu":
+                take_share(slot)
             # Another worker may hold it for a moment, as the teacher of a reflow run.
             if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None, True, experiment):
                 reason = "see its log"
@@ -251,6 +257,10 @@ def work(pipe: Connection, experiment: str | None = None) -> None:
             reason = str(error)
         except Exception as error:  # a run's failure must not end the grid
             traceback.print_exc()
+            if type(error).__name__ == "AcceleratorError":  # the GPU answers this process no more: let it die of it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):

@@ -90,8 +90,11 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
 
     record = Record(run)
     if int(os.environ.get("RANK", "0")):  # of several processes the first alone has the terminal
-        idle = launch.dry or (record.done and not launch.force)
-        return 0 if idle else compute(run, record, lambda images, loss: None, lambda evaluations: None)
+        if launch.dry or (record.done and not launch.force):
+            return 0
+        status = compute(run, record, lambda images, loss: None, lambda evaluations: None)
+        part()
+        return status
     if record.done and not launch.dry and not launch.force:
         check_same(run, record)
         print(f"already done: {record.folder} (force=true starts again)")
@@ -114,10 +117,18 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
     finally:
         training.close()
         sampling.close()
+    part()
     if status == 0:
         screen.results(record)
         print(f"mlflow     mlflow ui --backend-store-uri {record.tracking_uri()}")
     return status
+
+
+def part() -> None:
+    """Leave the other processes of the run, if there are any."""
+    from liquiddiff import distributed
+
+    distributed.stop()
 
 
 def check_same(run: Run, record: "Record") -> None:

@@ -115,8 +115,11 @@ def is_literal() -> bool:
     return _literal
 
 
-def backend(kernel_size: int = 7) -> str:
-    """Name what computes float32 on this CPU: "c", or "torch" where no compiler is found."""
+def backend(kernel_size: int = 7, like: Tensor | None = None) -> str:
+    """Name what computes the type of `like` on its device (none: float32 on the CPU): "c", "triton" or "torch"."""
+    if like is not None and like.is_cuda:
+        gpu = _triton()
+        return "triton" if gpu and gpu.usable(like.device, kernel_size, like.dtype) else "torch"
     return "torch" if kernel_size not in KERNEL_SIZES or _library(kernel_size) is None else "c"
 
 
@@ -148,13 +151,20 @@ def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not (cast and shaped and known) or torch.compiler.is_compiling() or not _plain(x, weight):
         return depthwise_reference(x, weight, bias)
-    try:
-        from liquiddiff import depthwise_triton as gpu
-    except ImportError:  # no Triton on this platform
-        return depthwise_reference(x, weight, bias)
-    if not gpu.usable(x.device, k, dtype):
+    gpu = _triton()
+    if gpu is None or not gpu.usable(x.device, k, dtype):
         return depthwise_reference(x, weight, bias)
     return gpu.Depthwise.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@functools.cache
+def _triton() -> Any:
+    """The kernels for GPUs; None where there is no Triton on this platform."""
+    try:
+        from liquiddiff import depthwise_triton
+    except ImportError:
+        return None
+    return depthwise_triton
 
 
 # --- the C library ---------------------------------------------------------------------------------------------------

@@ -18,18 +18,35 @@ from liquiddiff import distributed
 from liquiddiff.config import BadInput
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises BadInput for a device that torch does not have."""
+def resolve_device(name: str, use: bool = True) -> torch.device:
+    """`auto` is the GPU where there is one. Raises BadInput for a device that torch does not have.
+
+    A GPU that is named by its number becomes the current one, on which Triton launches. Without `use` none is opened:
+    who only hands out the work leaves it to others.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise RuntimeError(f"there are {count} GPUs")
+        if device.type == "cuda" and device.index is not None and distributed.size() > 1:
+            raise RuntimeError("each process takes a GPU of its own")
+        if use and device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        if use:
+            torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         reason = "no such device" if reason.startswith("Expected one of") else reason
         raise BadInput(f"device={name} cannot be used here ({reason}): give cpu, cuda or auto") from error
+
+
+def take_share(slot: int) -> None:
+    """Make one of this machine's GPUs the current one, which `cuda` means: of several workers each its own."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(slot % torch.cuda.device_count())
 
 
 def device_name(device: torch.device) -> str:

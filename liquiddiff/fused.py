@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from liquiddiff import native
 from liquiddiff.depthwise import is_literal
-from liquiddiff.precision import full, full_precision, low_precision
+from liquiddiff.precision import at_once, full, full_precision, low_precision
 
 __all__ = ["adaln", "adaln_mean", "backend", "gate_blend", "relax_add", "silu"]
 
@@ -161,7 +161,7 @@ class _Lean(torch.autograd.Function):
 
 def _parts(images: Tensor) -> Iterator[slice]:
     """Few images at a time where they are large: what is float32 for a moment stays small beside what is kept."""
-    count = max(1, LARGE // max(1, images[:1].numel()))
+    count = max(1, at_once(LARGE, images) // max(1, images[:1].numel()))
     return (slice(k, k + count) for k in range(0, len(images), count))
 
 

@@ -4,8 +4,10 @@ import errno
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
-from liquiddiff import budget, checkpoint, depthwise, distributed, flow, reflow
+from liquiddiff import budget, checkpoint, distributed, flow, reflow
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.data import ImageData, open_data
 from liquiddiff.device import deferred_interrupt, device_name, resolve_device, settle
@@ -28,12 +30,9 @@ def prepare(run: Run, device: torch.device) -> RectifiedFlowTrainer:
     """A run's trainer at its start: network built, matched and initialised from the seed."""
     net = budget.build(run.model, run.image_shape)
     initialise(net, run.seed)
+    if run.optim.compile:
+        torch.compiler.reset()  # or a process's ninth network would be left to eager mode (dynamo's recompile_limit)
     return RectifiedFlowTrainer(net, device=device, seed=run.seed, flow=run.flow, optim=run.optim)
-
-
-def kernels(device: torch.device) -> dict[str, str]:
-    """What a speed measured on a CPU depends on besides: whether a compiler was there ("c") or not ("torch")."""
-    return {"kernels": depthwise.backend()} if device.type == "cpu" else {}
 
 
 def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> tuple[float, list[str]]:
@@ -122,19 +121,20 @@ def fit(
         commits.append(own_code()[0])
     pairs = reflow.open_pairs(run, record, images.fingerprint) if run.flow.reflow else None
 
-    def step(start: int, count: int) -> dict[str, Any]:
-        """One update, by this process's part of the batch; with reflow the images come with their noise and t."""
+    def make(start: int, count: int) -> Batch:
+        """A batch, or this process's part of it; with reflow the images come with their noise and t."""
         if pairs:
-            return trainer.train_step(*pairs.batch(start, count))
-        if distributed.size() == 1:
-            return trainer.train_step(images.batch(run.seed, start, count))
+            return *pairs.batch(start, count), None
         first, number = distributed.share(count)
-        return trainer.train_step(images.batch(run.seed, start + first, max(1, number)), part=(first, number, count))
+        begin, least = start + first, max(1, number)
+        noise, t = flow.draw(run.seed, begin, least, run.image_shape, run.flow.times)
+        part = (first, number, count) if distributed.size() > 1 else None
+        return images.batch(run.seed, begin, least), noise, t, part
 
     size = budget.meta_cost(run.model, run.image_shape)
     record.provenance(
         device_name(device), trainer.precision, images.fingerprint,
-        images=len(images.images_NCHW), trained_by=commits, **kernels(device), **asdict(size),
+        images=len(images.images_NCHW), trained_by=commits, kernels=trainer.kernels(), **asdict(size),
     )  # fmt: skip
     progress(trainer.images, None)
     log = Log(record, run, trainer.images)
@@ -151,10 +151,11 @@ def fit(
 
     if trainer.images and not (record.folder / "checkpoint.pt").exists():
         save()  # weights that another run trained are this run's own from here on
-    with deferred_interrupt() as interrupted:
+    with deferred_interrupt() as interrupted, Batches(make, run, device) as batches:
         while trainer.images < run.optim.images:
-            count = min(run.optim.batch, run.optim.images - trainer.images)
-            log.step(trainer.images, step(trainer.images, count), count)
+            before_step = trainer.images
+            result = trainer.train_step(*batches(before_step))
+            log.step(before_step, result, trainer.images - before_step)
             at_val, at_checkpoint = log.crosses(run.eval.val_every), log.crosses(run.checkpoint_every)
             loss, stop = None, distributed.any_of(bool(interrupted))
             if at_val or at_checkpoint or log.crosses(log.every) or stop:
@@ -179,6 +180,55 @@ def fit(
         record.write({"straightness": mine, "teacher_straightness": pairs.straightness})
     record.trained()
     return trainer, images
+
+
+Batch = tuple[Tensor, Tensor, Tensor, tuple[int, int, int] | None]  # what `train_step` takes
+
+
+class Batches:
+    """A run's batches in their order; beside a GPU the next is made, and pinned, in a thread while a step runs.
+
+    All of a batch is keyed by its position, so who makes it, and when, changes nothing.
+    """
+
+    def __init__(self, make: Callable[[int, int], Batch], run: Run, device: torch.device):
+        self.make, self.size, self.total, self.gpu = make, run.optim.batch, run.optim.images, device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, initializer=self._enter()) if ahead(device) else None
+        self.next: tuple[int, Future[Batch]] | None = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.thread:
+            self.thread.shutdown(cancel_futures=True)
+
+    def __call__(self, start: int) -> Batch:
+        """The batch that begins at `start`."""
+        if self.thread is None:
+            return self._made(start)
+        known, made = self.next or (-1, None)
+        batch = (made if made and known == start else self.thread.submit(self._made, start)).result()
+        if (then := start + self._count(start)) < self.total:
+            self.next = then, self.thread.submit(self._made, then)
+        return batch
+
+    def _count(self, start: int) -> int:
+        return min(self.size, self.total - start)
+
+    def _made(self, start: int) -> Batch:
+        *tensors, part = self.make(start, self._count(start))
+        x, noise, t = (v.pin_memory() if self.gpu else v for v in cast(list[Tensor], tensors))
+        return x, noise, t, part
+
+    def _enter(self) -> Callable[[], None]:
+        """What puts the thread on the GPU of the process; each thread begins on the first."""
+        return partial(torch.cuda.set_device, torch.cuda.current_device()) if self.gpu else lambda: None
+
+
+def ahead(device: torch.device) -> bool:
+    """Whether batches are made ahead: beside a GPU. A CPU computes the step meanwhile and has nothing to spare."""
+    return device.type == "cuda"
 
 
 class Log:

@@ -18,6 +18,11 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def at_once(elements: int, x: Tensor) -> int:
+    """So many elements for each 16 GB that the GPU of `x` has: fewer pieces are fewer launches."""
+    return elements * max(1, torch.cuda.get_device_properties(x.device).total_memory >> 34) if x.is_cuda else elements
+
+
 def low_precision(x: Tensor) -> torch.dtype | None:
     """The dtype of mixed precision where it is on, and where what is kept for backward may be chosen; else None."""
     device = x.device.type

@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from liquiddiff import adamw, distributed, flow
+from liquiddiff import adamw, depthwise, distributed, flow
 from liquiddiff.config import BadInput, Flow, Optim
 from liquiddiff.data import ImageData
 from liquiddiff.device import resolve_precision
 from liquiddiff.ema import EMA
 from liquiddiff.solvers import integrate
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VAL_BINS = 4  # val_loss is also given for each quarter of t
 
 
@@ -47,8 +48,9 @@ class RectifiedFlowTrainer:
         if self.optim.checkpointing:
             model.checkpointing = True  # type: ignore[assignment]
         self.ema = EMA(self.model, self.optim.ema)
-        # Compiled inside: of the wrapped network the compiler would cut the graph at every bucket of gradients.
         net = cast(nn.Module, torch.compile(self.model)) if self.optim.compile else self.model
+        if self.optim.compile:  # of several processes too as one graph, not cut at every bucket of gradients
+            torch._dynamo.config.optimize_ddp = False
         self.forward = distributed.wrap(net)
         b1, b2 = self.optim.betas
         self.optimizer = torch.optim.AdamW(
@@ -63,7 +65,14 @@ class RectifiedFlowTrainer:
         """The context of forward passes."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def kernels(self) -> str:
+        """What computes depthwise convolutions, on which a speed depends: see `depthwise.backend`."""
+        if self.device.type == "cpu":
+            return depthwise.backend()
+        like = next(self.model.parameters()).new_empty(0, dtype=DTYPES[self.precision])
+        return "torch" if self.optim.compile else depthwise.backend(like=like)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero over the budget; constant without a budget."""

@@ -22,7 +22,7 @@ from liquiddiff.block import LiquidDiffusionBlock
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import is_literal
 from liquiddiff.layers import Pointwise, Slot, transformed, upsampled
-from liquiddiff.precision import low_precision
+from liquiddiff.precision import at_once, low_precision
 from liquiddiff.relaxation import LAWS
 
 LARGE = 128 * 128  # positions; in mixed precision, of an image of which less is kept for the backward pass
@@ -62,8 +62,12 @@ def plainly(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """A step of which only `tensors` are kept: the backward pass computes the rest again, few images at a time."""
-    each = max(1, PART // max(1, tensors[0][:1].numel()))
+    """A step of which only `tensors` are kept: the backward pass computes the rest again, few images at a time.
+
+    All at once where it is compiled: the graph would hold every piece, and fused operators need less room.
+    """
+    piece = max(1, at_once(PART, tensors[0]) // max(1, tensors[0][:1].numel()))
+    each = len(tensors[0]) if torch.compiler.is_compiling() else piece
     whole = [tensor.expand(len(tensors[0]), *tensor.shape[1:]) for tensor in tensors]  # one t may serve all images
     pieces = zip(*(tensor.split(each) for tensor in whole), strict=True)
     done = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]

@@ -81,6 +81,8 @@ class Job:
                 write_atomic(path, json.dumps({"run": None, "failed": failed}))
                 if environment.num_tasks > 1:
                     sys.exit(reason)  # the other processes wait for this one: all of them must end
+                if reason.startswith("AcceleratorError"):  # the GPU answers this process no more
+                    break  # submitted again, the same command does the rest
         return failed
 
     def attempt(self, run: Run, main: bool) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from experiments import compose
-from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, loop, trainer
+from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, loop, reflow, trainer
 from liquiddiff.adamw import Update
 from liquiddiff.config import BadInput, Model, Optim
 from liquiddiff.device import deferred_interrupt
@@ -184,6 +185,44 @@ def test_killed_runs_resume_to_the_bit(small, tmp_path):
     assert_same(weights(whole), weights(resumed))
     images = [row["images"] for row in record.rows() if "loss" in row]
     assert images == sorted(set(images)), "no line is written twice"
+
+
+@pytest.mark.parametrize("reflowed", [False, True])
+def test_batches_made_ahead_change_no_bit(small, monkeypatch, tmp_path, reflowed):
+    monkeypatch.setattr(reflow, "SAMPLES", 16)
+    overrides = [*small, "optim.images=170", *(["flow.reflow=32", "flow.times=u_shaped"] if reflowed else [])]
+    runs = [compose.as_run(compose.one([*overrides, f"out={tmp_path}/{name}"])) for name in ("now", "ahead")]
+    now = loop.train(runs[0])[0]
+    made, real = [], loop.flow.draw
+
+    def seen(seed, start, *more):
+        made.append((threading.current_thread() is threading.main_thread(), start))
+        return real(seed, start, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "ahead", lambda device: True)
+        patch.setattr(reflow if reflowed else loop.flow, "draw", seen)
+        assert_same(weights(now), weights(loop.train(runs[1])[0]))
+    assert made == [(False, start) for start in (0, 32, 64, 96, 128, 160)], "each once, none by the main thread"
+    lines = [[row["loss"] for row in Record(run).rows() if "loss" in row] for run in runs]
+    assert lines[0] == lines[1]
+
+
+def test_what_a_batch_meets_in_its_thread_is_raised_where_it_is_wanted(small, monkeypatch, tmp_path):
+    run = compose.plan([*small, f"out={tmp_path}"])[1][0]
+
+    def broken(seed, start, *more):
+        if start == 64:
+            raise OSError("the disk is gone")
+        return draw(seed, start, *more)
+
+    draw = loop.flow.draw
+    monkeypatch.setattr(loop, "ahead", lambda device: True)
+    monkeypatch.setattr(loop.flow, "draw", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loop.train(run)
+    monkeypatch.undo()
+    assert checkpoint.load(Record(run).folder)["images"] == 64
 
 
 def test_a_signal_waits_for_the_end_of_the_step(small, monkeypatch, tmp_path):
