@@ -64,6 +64,10 @@ class Job:
             os.environ["MASTER_ADDR"] = address or os.environ["MASTER_ADDR"]
         try:
             failed = self.work(environment)
+            if environment.num_tasks > 1:
+                from liquiddiff import distributed
+
+                distributed.stop()
         except KeyboardInterrupt as stop:
             leave(environment, requeue, stop.args)
         if failed:
