@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from statistics import median
@@ -130,6 +131,7 @@ class Pool:
         self.total = len(todo)
         self.failed: list[tuple[Record, str]] = []
         self.busy: dict[Connection, tuple[Any, Record, float]] = {}  # pipe: (process, run, start)
+        self.deaths: Counter[str] = Counter()  # in a row, of the workers of a slot
         self.images = {record.folder.name: 0 for record in todo}
         tty = sys.stderr.isatty()
         self.bar = tqdm(
@@ -183,14 +185,16 @@ class Pool:
             process.join()
             self.finished(record, f"its process died (exit code {process.exitcode})", begin)
             del self.busy[pipe]
-            if self.queue:
-                self.start_worker(process.name)
+            self.deaths[process.name] += 1
+            if self.queue and (self.deaths[process.name] < 2 or not self.busy):  # its GPU may be broken: leave the rest
+                self.start_worker(process.name)  # of the queue to others, where there are any
             return
         if isinstance(message, int):
             self.bar.update(message - self.images[record.folder.name])
             self.images[record.folder.name] = message
         else:
             self.finished(record, message[1], begin)
+            self.deaths[process.name] = 0
             self.hand_over(pipe, process)
 
     def finished(self, record: Record, reason: str, begin: float) -> None:
@@ -225,7 +229,7 @@ def work(pipe: Connection, experiment: str | None = None, slot: int = 0) -> None
     Of several GPUs it takes the one of its `slot`.
     """
     from experiments.run import compute
-    from liquiddiff.device import take_share
+    from liquiddiff.device import is_lost, take_share
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches every process; one signal is enough
@@ -245,23 +249,23 @@ def work(pipe: Connection, experiment: str | None = None, slot: int = 0) -> None
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
-            if run.device != "cpu":
+            if run.device in ("auto", "cuda"):
                 take_share(slot)
             # Another worker may hold it for a moment, as the teacher of a reflow run.
             if compute(run, record, lambda images, loss: pipe.send(images), lambda evaluations: None, True, experiment):
                 reason = "see its log"
         except KeyboardInterrupt:
             return
-        except BadInput as error:
-            print(error, file=sys.stderr)
-            reason = str(error)
         except Exception as error:  # a run's failure must not end the grid
-            traceback.print_exc()
-            if type(error).__name__ == "AcceleratorError":  # the GPU answers this process no more: let it die of it
+            if isinstance(error, BadInput):
+                print(error, file=sys.stderr)
+            else:
+                traceback.print_exc()
+            if is_lost(error):  # a fresh process may find the GPU well
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(1)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".splitlines()[0]
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):
             pipe.send((run.name, reason))

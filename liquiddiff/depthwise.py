@@ -117,8 +117,8 @@ def is_literal() -> bool:
 
 def backend(kernel_size: int = 7, like: Tensor | None = None) -> str:
     """Name what computes the type of `like` on its device (none: float32 on the CPU): "c", "triton" or "torch"."""
-    if like is not None and like.is_cuda:
-        gpu = _triton()
+    if like is not None and not (like.is_cpu and like.dtype is torch.float32):
+        gpu = _triton() if like.is_cuda else None
         return "triton" if gpu and gpu.usable(like.device, kernel_size, like.dtype) else "torch"
     return "torch" if kernel_size not in KERNEL_SIZES or _library(kernel_size) is None else "c"
 

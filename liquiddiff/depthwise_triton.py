@@ -76,7 +76,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (B * H, triton.cdiv(W, BLOCK_W), triton.cdiv(C, BLOCK_C))
     sizes = {"K": K, "HAS_BIAS": bias is not None, "BLOCK_W": BLOCK_W, "BLOCK_C": BLOCK_C}
-    forward_kernel[grid](x, taps, taps if bias is None else bias, y, H, W, C, **sizes)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        forward_kernel[grid](x, taps, taps if bias is None else bias, y, H, W, C, **sizes)
     return y
 
 
@@ -87,7 +88,8 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     splits = triton.cdiv(B * H, each)
     sums = torch.empty(splits, K * K, C, device=x.device, dtype=torch.float32)
     sizes = {"K": K, "PADDED": triton.next_power_of_2(K), "BLOCK_C": BLOCK_C}
-    weight_kernel[K, splits, triton.cdiv(C, BLOCK_C)](x, g, sums, B * H, H, W, C, each, **sizes)
+    with torch.cuda.device_of(x):
+        weight_kernel[K, splits, triton.cdiv(C, BLOCK_C)](x, g, sums, B * H, H, W, C, each, **sizes)
     return sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
 
 

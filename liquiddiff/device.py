@@ -34,13 +34,18 @@ def resolve_device(name: str, use: bool = True) -> torch.device:
             raise RuntimeError("each process takes a GPU of its own")
         if use and device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        if use:
+        if use or device.type != "cuda":
             torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         reason = "no such device" if reason.startswith("Expected one of") else reason
         raise BadInput(f"device={name} cannot be used here ({reason}): give cpu, cuda or auto") from error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a GPU answers this process no more, as after an illegal access: every later call fails alike."""
+    return any(isinstance(each, torch.AcceleratorError) for each in (error, error.__cause__))
 
 
 def take_share(slot: int) -> None:

@@ -4,10 +4,8 @@ import errno
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from liquiddiff import budget, checkpoint, distributed, flow, reflow
+from liquiddiff.batches import Batch, Batches
 from liquiddiff.config import BadInput, Run, choose
 from liquiddiff.data import ImageData, open_data
 from liquiddiff.device import deferred_interrupt, device_name, resolve_device, settle
@@ -180,55 +179,6 @@ def fit(
         record.write({"straightness": mine, "teacher_straightness": pairs.straightness})
     record.trained()
     return trainer, images
-
-
-Batch = tuple[Tensor, Tensor, Tensor, tuple[int, int, int] | None]  # what `train_step` takes
-
-
-class Batches:
-    """A run's batches in their order; beside a GPU the next is made, and pinned, in a thread while a step runs.
-
-    All of a batch is keyed by its position, so who makes it, and when, changes nothing.
-    """
-
-    def __init__(self, make: Callable[[int, int], Batch], run: Run, device: torch.device):
-        self.make, self.size, self.total, self.gpu = make, run.optim.batch, run.optim.images, device.type == "cuda"
-        self.thread = ThreadPoolExecutor(1, initializer=self._enter()) if ahead(device) else None
-        self.next: tuple[int, Future[Batch]] | None = None
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.thread:
-            self.thread.shutdown(cancel_futures=True)
-
-    def __call__(self, start: int) -> Batch:
-        """The batch that begins at `start`."""
-        if self.thread is None:
-            return self._made(start)
-        known, made = self.next or (-1, None)
-        batch = (made if made and known == start else self.thread.submit(self._made, start)).result()
-        if (then := start + self._count(start)) < self.total:
-            self.next = then, self.thread.submit(self._made, then)
-        return batch
-
-    def _count(self, start: int) -> int:
-        return min(self.size, self.total - start)
-
-    def _made(self, start: int) -> Batch:
-        *tensors, part = self.make(start, self._count(start))
-        x, noise, t = (v.pin_memory() if self.gpu else v for v in cast(list[Tensor], tensors))
-        return x, noise, t, part
-
-    def _enter(self) -> Callable[[], None]:
-        """What puts the thread on the GPU of the process; each thread begins on the first."""
-        return partial(torch.cuda.set_device, torch.cuda.current_device()) if self.gpu else lambda: None
-
-
-def ahead(device: torch.device) -> bool:
-    """Whether batches are made ahead: beside a GPU. A CPU computes the step meanwhile and has nothing to spare."""
-    return device.type == "cuda"
 
 
 class Log:

@@ -69,10 +69,8 @@ class RectifiedFlowTrainer:
 
     def kernels(self) -> str:
         """What computes depthwise convolutions, on which a speed depends: see `depthwise.backend`."""
-        if self.device.type == "cpu":
-            return depthwise.backend()
         like = next(self.model.parameters()).new_empty(0, dtype=DTYPES[self.precision])
-        return "torch" if self.optim.compile else depthwise.backend(like=like)
+        return "torch" if self.optim.compile and like.is_cuda else depthwise.backend(like=like)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero over the budget; constant without a budget."""

@@ -22,6 +22,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from liquiddiff.config import Run
 from liquiddiff.record import Record, write_atomic
 
+LOST = "its GPU answers no more"  # how the reason of such a failure begins
 GRACE = 5  # seconds between the end of the first process, which requeues the job, and of the others
 
 
@@ -85,7 +86,7 @@ class Job:
                 write_atomic(path, json.dumps({"run": None, "failed": failed}))
                 if environment.num_tasks > 1:
                     sys.exit(reason)  # the other processes wait for this one: all of them must end
-                if reason.startswith("AcceleratorError"):  # the GPU answers this process no more
+                if reason.startswith(LOST):
                     break  # submitted again, the same command does the rest
         return failed
 
@@ -98,7 +99,10 @@ class Job:
             with to_log(Record(run).folder if main else None):
                 return "see its log" if compute_run(run, self.experiment) else ""
         except Exception as error:  # a run's failure must not cost the others of its job
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            from liquiddiff.device import is_lost
+
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"{LOST}: {reason}" if is_lost(error) else reason
 
 
 def compute_run(run: Run, experiment: str | None) -> int:

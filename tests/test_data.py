@@ -553,7 +553,7 @@ def test_a_silent_name_server_does_not_hold_it_up(tmp_path, monkeypatch):
     import datasets
 
     def silent(*_, **__):
-        time.sleep(2)
+        time.sleep(20)
         raise OSError("nobody heard")
 
     monkeypatch.setattr(sources, "urlopen", silent)
@@ -562,7 +562,7 @@ def test_a_silent_name_server_does_not_hold_it_up(tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(BadInput, match="no answer"):
         open_data(Data("celebahq", 8, 3), tmp_path)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 15
 
 
 def test_a_set_from_the_hub_reads_every_split(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from experiments import compose, grid, run
+from experiments.compose import Launch
 from liquiddiff import device, distributed, precision
 from liquiddiff.config import BadInput
+from slurm import job
 
 
 @pytest.fixture
@@ -55,9 +57,15 @@ class Pipe:
         self.sent.append(message)
 
 
-def test_a_worker_dies_of_a_gpu_that_no_longer_answers(small, monkeypatch, capsys):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_worker_dies_of_a_gpu_that_no_longer_answers(small, monkeypatch, capsys, wrapped):
     """Of other errors it does not: the next run is done. Its own end costs one run, see test_arms."""
-    errors = [RuntimeError("of this run"), torch.AcceleratorError("an illegal memory access"), None]
+    if wrapped:
+        lost = BadInput("device=cuda cannot be used here (an illegal memory access)")
+        lost.__cause__ = torch.AcceleratorError("an illegal memory access")
+    else:
+        lost = torch.AcceleratorError("an illegal memory access")
+    errors = [RuntimeError("of this run"), lost, None]
 
     def fail(*more):
         if error := errors.pop(0):
@@ -80,6 +88,48 @@ def test_a_worker_dies_of_a_gpu_that_no_longer_answers(small, monkeypatch, capsy
             os.close(old)
     assert pipe.sent == [(runs[0].name, "RuntimeError: of this run")] and len(pipe.runs) == 2
     assert "an illegal memory access" in capsys.readouterr().err
+
+
+def test_a_job_leaves_its_other_runs_where_its_gpu_no_longer_answers(small, monkeypatch, tmp_path):
+    tried = []
+
+    def fail(run, experiment):
+        tried.append(run.seed)
+        raise torch.AcceleratorError("an illegal memory access") if run.seed else ValueError("of this run")
+
+    monkeypatch.setattr(job, "compute_run", fail)
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    runs = compose.plan([*small, "seed=0,1,2"])[1]
+    environment = SimpleNamespace(job_id="7", global_rank=0, num_tasks=1)
+    failed = job.Job(runs, 1, None).work(environment)
+    assert tried == [0, 1] and failed == job.read_state(job.state_path(tmp_path, "7"))["failed"]
+    assert failed[runs[1].name] == "its GPU answers no more: AcceleratorError: an illegal memory access"
+
+
+def test_a_slot_whose_workers_die_leaves_the_queue_to_others(small, monkeypatch):
+    """Two deaths in a row end it while another works; the last one is started again whatever happens."""
+    started = []
+    monkeypatch.setattr(grid.Pool, "start_worker", lambda pool, slot: started.append(slot))
+    pool = grid.Pool([grid.Record(run) for run in compose.plan([*small, "seed=0,1,2,3,4"])[1]], Launch(jobs=2))
+
+    class Dead:
+        def recv(self):
+            raise EOFError
+
+    def dies(slot):
+        pipe = Dead()
+        process = SimpleNamespace(name=slot, exitcode=1, join=lambda: None)
+        pool.busy[pipe] = (process, pool.queue[0], 0.0)
+        pool.listen(pipe)
+
+    pool.busy["another"] = (None, None, 0.0)
+    dies("1")
+    dies("1")
+    assert started == ["0", "1", "1"]
+    del pool.busy["another"]
+    dies("1")
+    assert started == ["0", "1", "1", "1"]
+    pool.bar.close()
 
 
 @pytest.mark.parametrize(("gigabytes", "pieces"), [(15, 1), (40, 2), (80, 4), (141, 8)])

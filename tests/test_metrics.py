@@ -277,7 +277,7 @@ def test_a_silent_network_is_given_up_soon(monkeypatch, tmp_path):
     start = time.monotonic()
     with pytest.raises(metrics.MissingWeights):
         metrics.check_extractor("inception", None)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_weights_already_downloaded_need_no_network(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from experiments import compose
-from liquiddiff import RectifiedFlowTrainer, checkpoint, flow, liquid_diffusion_tiny, loop, reflow, trainer
+from liquiddiff import RectifiedFlowTrainer, batches, checkpoint, flow, liquid_diffusion_tiny, loop, reflow, trainer
 from liquiddiff.adamw import Update
 from liquiddiff.config import BadInput, Model, Optim
 from liquiddiff.device import deferred_interrupt
@@ -200,7 +200,7 @@ def test_batches_made_ahead_change_no_bit(small, monkeypatch, tmp_path, reflowed
         return real(seed, start, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "ahead", lambda device: True)
+        patch.setattr(batches, "ahead", lambda device: True)
         patch.setattr(reflow if reflowed else loop.flow, "draw", seen)
         assert_same(weights(now), weights(loop.train(runs[1])[0]))
     assert made == [(False, start) for start in (0, 32, 64, 96, 128, 160)], "each once, none by the main thread"
@@ -217,7 +217,7 @@ def test_what_a_batch_meets_in_its_thread_is_raised_where_it_is_wanted(small, mo
         return draw(seed, start, *more)
 
     draw = loop.flow.draw
-    monkeypatch.setattr(loop, "ahead", lambda device: True)
+    monkeypatch.setattr(batches, "ahead", lambda device: True)
     monkeypatch.setattr(loop.flow, "draw", broken)
     with pytest.raises(OSError, match="the disk is gone"):
         loop.train(run)
