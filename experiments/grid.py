@@ -67,10 +67,12 @@ def record_with(record: Record, threads: int) -> Record:
 
 
 def state_of(record: Record) -> tuple[str, int]:
-    """`done`, `part` or `new`, and the images trained so far."""
+    """`done`, `part`, `new` or `trained`, of which the weights are there already; and the images trained so far."""
     if record.done:
         return "done", record.run.optim.images
     images = max((row["images"] for row in record.rows() if "images" in row), default=0)
+    if not images and record.twin():
+        return "trained", record.run.optim.images
     return ("part" if images else "new"), images
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compose
+from experiments import compose, grid
 from liquiddiff import RectifiedFlowTrainer, batches, checkpoint, flow, liquid_diffusion_tiny, loop, reflow, trainer
 from liquiddiff.adamw import Update
 from liquiddiff.config import BadInput, Model, Optim
@@ -475,6 +475,7 @@ def test_runs_that_differ_in_their_evaluation_share_their_weights(small):
     assert other.signature() != run.signature()
     second = loop.prepare(other, torch.device("cpu"))
     record = Record(other)
+    assert grid.state_of(record) == ("trained", 96)
     record.create()
     loop.restore(second, record, loop.open_data(run.data, run.cache).fingerprint)
     assert second.images == 96
@@ -484,7 +485,7 @@ def test_runs_that_differ_in_their_evaluation_share_their_weights(small):
         row["images"] for row in Record(run).rows() if "loss" in row
     ]
     reseeded = Record(compose.as_run(compose.one([*small, "optim.images=96", "seed=1"])))
-    assert reseeded.twin() is None
+    assert reseeded.twin() is None and grid.state_of(reseeded) == ("new", 0)
 
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
