@@ -81,6 +81,9 @@ def nfe(view: View) -> Figure:
     if positive:
         above.set_yscale("log")
         above.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        bottom, top = above.get_ylim()
+        if top < 5 * bottom:  # hardly a power of ten among the ticks
+            above.yaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
     if view.floor is not None and math.isfinite(value := float(view.floor[metric])):
         above.axhline(value, color=style.FAINT, linestyle="--", linewidth=1.2)
         text = f"real against real (n={int(view.floor['n'])}): {value:.3g}"
