@@ -114,7 +114,8 @@ def test_every_room_at_once_runs_shared_arms_once():
     runs = compose.plan(["experiment=all"])[1]
     names = [run.name for run in runs]
     assert len(names) == len(set(names))
-    baseline = [(run.optim.lr, run.seed) for run in runs if run.arm == "baseline"]  # a room may have tuned its rate
+    # A room may have tuned its rate, or sample otherwise.
+    baseline = [(run.optim.lr, run.eval.solver, run.seed) for run in runs if run.arm == "baseline"]
     assert len(baseline) == len(set(baseline)) < 3 * len(rooms())
 
 

@@ -8,7 +8,7 @@ import pytest
 from analysis import learning_rates
 from analysis.runs import Found
 from experiments import compose
-from experiments.room import ROOT
+from experiments.room import ROOT, load_experiment
 from liquiddiff.config import BadInput
 
 FILES = sorted(ROOT.glob("*/learning_rates.csv"))
@@ -73,6 +73,8 @@ def test_every_arm_trains_at_its_chosen_rate(path):
     trials = pd.read_csv(path)
     assert learning_rates.choose(trials.drop(columns="chosen"))["chosen"].tolist() == trials["chosen"].tolist()
     for (tier, data, arm), rows in trials.groupby(["tier", "data", "arm"]):
+        if path.is_symlink() and arm not in load_experiment(path.parent).arms:  # another room's file, for some of its arms
+            continue
         command = [f"experiment={path.parent.name}", f"ablation={arm}", f"tier={tier}", f"data={data}"]
         if len(rows) < learning_rates.LEAST:
             assert not rows["chosen"].any()
