@@ -73,7 +73,9 @@ def test_every_arm_trains_at_its_chosen_rate(path):
     trials = pd.read_csv(path)
     assert learning_rates.choose(trials.drop(columns="chosen"))["chosen"].tolist() == trials["chosen"].tolist()
     for (tier, data, arm), rows in trials.groupby(["tier", "data", "arm"]):
-        if path.is_symlink() and arm not in load_experiment(path.parent).arms:  # another room's file, for some of its arms
+        if (
+            path.is_symlink() and arm not in load_experiment(path.parent).arms
+        ):  # another room's file, for some of its arms
             continue
         command = [f"experiment={path.parent.name}", f"ablation={arm}", f"tier={tier}", f"data={data}"]
         if len(rows) < learning_rates.LEAST:
