@@ -6,8 +6,9 @@ By torch they are a dozen calls, each over all weights; for weights of a few hun
 
 import ctypes
 import functools
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +24,11 @@ class Update:
 
     def __init__(self, optimizer: torch.optim.AdamW, averages: Sequence[Tensor] = ()):
         self.optimizer, self.averages = optimizer, averages
-        self._state: Any = None  # that of the optimizer which is known; it is another when one was loaded
-        self._tensors: list[Tensor] = []  # of each weight itself, moments and count of steps; then the averages
+        self._tensors: list[Tensor] = []  # known: each weight, its moments and count of steps; the averages
         self._pointers: list[int] = []  # where they are
         self._weights: list[Tensor] = []
         self._arrays: Any = None  # pointers of the weights' tensors and of the averages, and sizes, as C has them
-        self._strides: list[tuple[int, ...] | None] = []  # of gradients
+        self._strides: list[tuple[int, ...]] = []  # of gradients
 
     def __reduce__(self) -> Any:
         return Update, (self.optimizer, self.averages)  # a copy's tensors are elsewhere
@@ -43,15 +43,17 @@ class Update:
         """
         if is_literal() or not self._known() or (library := _library()) is None:
             return False
-        gradients = [weight.grad for weight in self._weights]
-        strides = [None if g is None else g.stride() for g in gradients]
+        gradients = cast(list[Tensor], [weight.grad for weight in self._weights])
+        if not native.plain(*gradients):  # nor is None
+            return False
+        strides = [g.stride() for g in gradients]
         if strides != self._strides:  # of those that were taken before
             if not all(map(_in_order, self._weights, strides)):
                 return False
             self._strides = strides
         group, count = self.optimizer.param_groups[0], len(gradients)
         rates = _Rates(group["lr"], *group["betas"], group["eps"], group["weight_decay"], clip, 1 - decay)
-        pointers = _array([g.data_ptr() for g in gradients if g is not None])
+        pointers = _array([g.data_ptr() for g in gradients])
         rest = count, ctypes.byref(rates), native.pool(), torch.get_num_threads()
         if library.adamw(pointers, *self._arrays, *rest):
             raise MemoryError("AdamW: out of memory")
@@ -64,34 +66,36 @@ class Update:
         weights = group["params"]
         if others or group["amsgrad"] or group["maximize"] or not native.plain(*weights[:1]):
             return False
-        if state is self._state and weights is self._weights and len(weights) == len(self._arrays[2]):
-            if self._pointers == [t.data_ptr() for t in self._tensors]:
+        tensors = list[Tensor]()
+        for weight in weights:
+            if not (kept := state.get(weight)):
+                return False
+            tensors += weight, kept["exp_avg"], kept["exp_avg_sq"], kept["step"]
+        count = len(tensors)
+        tensors += self.averages
+        if len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors)):
+            if self._pointers == [t.data_ptr() for t in tensors]:
                 return True
-        self._state, self._strides = None, []
-        if not all(state.get(weight) for weight in weights):
-            return False
+        self._tensors, self._strides = [], []
         if len(self.averages) not in (0, len(weights)):
             raise ValueError(f"{len(self.averages)} averages of {len(weights)} weights")
-        tensors = list[Tensor]()
         for k, weight in enumerate(weights):
-            of_it = weight, state[weight]["exp_avg"], state[weight]["exp_avg_sq"], *self.averages[k : k + 1]
-            if not (native.plain(*of_it, state[weight]["step"]) and all(_in_order(weight, t.stride()) for t in of_it)):
+            of_it = *tensors[4 * k : 4 * k + 3], *self.averages[k : k + 1]
+            if not (native.plain(*of_it, tensors[4 * k + 3]) and all(_in_order(weight, t.stride()) for t in of_it)):
                 return False
             if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
                 return False
-            tensors += *of_it[:3], state[weight]["step"]
-        self._weights, self._tensors = weights, [*tensors, *self.averages]
-        self._pointers = [t.data_ptr() for t in self._tensors]
+        self._weights, self._pointers = list(weights), [t.data_ptr() for t in tensors]
         numbers = [weight.numel() for weight in weights]
-        averages = _array(self._pointers[len(tensors) :]) if self.averages else None
-        self._arrays = _array(self._pointers[: len(tensors)]), averages, (ctypes.c_ssize_t * len(weights))(*numbers)
-        self._state = state
+        averages = _array(self._pointers[count:]) if self.averages else None
+        self._arrays = _array(self._pointers[:count]), averages, (ctypes.c_ssize_t * len(weights))(*numbers)
+        self._tensors = tensors
         return True
 
 
-def _in_order(weight: Tensor, strides: tuple[int, ...] | None) -> bool:
+def _in_order(weight: Tensor, strides: tuple[int, ...]) -> bool:
     """Whether numbers with such strides lie as the weight's do; the stride of a dimension of one has no meaning."""
-    if strides is None or len(strides) != weight.dim():
+    if len(strides) != weight.dim():
         return False
     return all(a == b or n == 1 for n, a, b in zip(weight.shape, weight.stride(), strides, strict=True))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liquiddiff import chains, fused, parts
 from liquiddiff.config import Model, choose
 from liquiddiff.depthwise import DepthwiseConv2d, is_literal, merge_kernels
+from liquiddiff.layers import watched
 from liquiddiff.mixers import MIXERS, Pointwise, Slot, ZeroLinear
 from liquiddiff.relaxation import is_alpha_alone
 
@@ -34,6 +35,9 @@ class AdaLN(nn.Module):
 
     def with_mean(self, x_BCHW: Tensor, rows_B2C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the mean of the first over positions, (B, C)."""
+        if watched(self):
+            n_BCHW, x_BCHW = self(x_BCHW, rows_B2C)
+            return n_BCHW, x_BCHW, n_BCHW.mean((2, 3))
         return fused.adaln_mean(x_BCHW, rows_B2C)
 
 
@@ -56,19 +60,19 @@ class SpatialMix(nn.Module):
         """See the class; `rows` of its norm."""
         n, x_BCHW, mean = self.norm.with_mean(x_BCHW, rows_B2C)
         pooled = None if self.pool is None else self.pool(mean)
-        if self.concat or is_literal():
+        kernels = None if self.concat or is_literal() else self.kernels()
+        if kernels is None:
             scales = [scale(n) for scale in self.scales]
             n = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
             pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
             return self.out(n, x_BCHW, first=True, row_BC=pooled)
         # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
-        kernels = self.kernels()
         merged = merge_kernels(kernels[::2]), functools.reduce(torch.add, kernels[1::2])
         return self.out(n, x_BCHW, first=True, row_BC=pooled, of=merged)
 
-    def kernels(self) -> list[Tensor]:
-        """Weight and bias of one of the parallel convolutions after the other."""
-        return cast(list[Tensor], parts.weights(*self.scales._modules.values()))
+    def kernels(self) -> list[Tensor] | None:
+        """Weight and bias of one of the parallel convolutions after the other; None where one has to be called."""
+        return cast(list[Tensor] | None, parts.weights(*self.scales._modules.values()))
 
 
 class FeedForward(nn.Module):
@@ -82,10 +86,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BCHW: Tensor, rows_B2C: Tensor) -> Tensor:
         """See the class; `rows` of its norm."""
-        done = chains.feed_forward(x_BCHW, rows_B2C, self.expand.layer(), self.contract.layer())
+        weights = None if watched(self.norm) else parts.weights(self.expand, self.contract)
+        done = None if weights is None else chains.feed_forward(x_BCHW, rows_B2C, weights[:2], weights[2:])
         if done is not None:
             return done
-        n, x_BCHW = fused.adaln(x_BCHW, rows_B2C)
+        n, x_BCHW = self.norm(x_BCHW, rows_B2C)
         return self.rest(x_BCHW, self.expand(n))
 
     def first(self, x_BCHW: Tensor, temb_BD: Tensor) -> Tensor:
@@ -123,10 +128,11 @@ class LiquidDiffusionBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W). rows: what `timed` makes of temb, where that is known already."""
         spatial, feed = self.spatial, self.feed_forward
         (first, last, *between), own = parts.rows(temb_BD, self.timed()) if rows is None else rows
-        if spatial is None or spatial.concat or not parts.ready(x_BCHW):
+        weights = self._weights() if parts.ready(x_BCHW) else None
+        if spatial is None or weights is None:
             x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first, own)
             return feed(x_BCHW if spatial is None else spatial(x_BCHW, *between), last)
-        rest = [*between, last], parts.weights(spatial.pool, spatial.out, feed.expand, feed.contract), spatial.kernels()
+        rest = [*between, last], *weights
         law: Any = self.relaxation
         mixed = self._known(own)
         if mixed is not None:
@@ -138,10 +144,18 @@ class LiquidDiffusionBlock(nn.Module):
         done = parts.block(x_BCHW, None, None, False, None, *rest)
         return feed(spatial(x_BCHW, *between), last) if done is None else done
 
+    def _weights(self) -> tuple[parts.Weights, list[Tensor]] | None:
+        """Of what follows the mixer, as parts.py has it; None where that is of another form or somebody watches it."""
+        spatial, feed = self.spatial, self.feed_forward
+        if spatial is None or spatial.concat or watched(spatial, spatial.norm, feed, feed.norm):
+            return None
+        weights, kernels = parts.weights(spatial.pool, spatial.out, feed.expand, feed.contract), spatial.kernels()
+        return None if weights is None or kernels is None else (weights, kernels)
+
     def _known(self, rows: list[Tensor]) -> parts.Mixed | None:
         """The mixer as parts.py knows it; None if that, or the law, is another, or if somebody watches it."""
         mixer: Any = self.mixer
-        if not hasattr(mixer, "mixed") or parts.watched(mixer) or not is_alpha_alone(self.relaxation):
+        if not hasattr(mixer, "mixed") or watched(mixer, self.norm) or not is_alpha_alone(self.relaxation):
             return None
         return mixer.mixed(rows)
 

@@ -21,7 +21,7 @@ from liquiddiff.depthwise import Inner, Kernel, gradients, is_literal
 
 __all__ = ["feed_forward", "separable"]
 
-Layer = tuple[Tensor, Tensor]  # weight (outputs, inputs) and bias of a 1x1 convolution
+Layer = Sequence[Any]  # weight (outputs, inputs) and bias of a 1x1 convolution
 
 
 def feed_forward(x_BCHW: Tensor, modulation_B2C: Tensor, expand: Layer, contract: Layer) -> Tensor | None:

@@ -83,10 +83,6 @@ class DepthwiseConv2d(nn.Conv2d):
         padding = kernel_size // 2
         super().__init__(channels, channels, kernel_size, padding=padding, groups=channels, bias=bias, **factory)
 
-    def kernel(self) -> Kernel:
-        """Its weight and bias."""
-        return self.weight, self.bias
-
     def forward(self, x_BCHW: Tensor) -> Tensor:  # noqa: D102
         return depthwise(x_BCHW, self.weight, self.bias)
 
@@ -137,7 +133,7 @@ def _plain(*tensors: Tensor) -> bool:
     """Not seen by what looks into operators (fake tensors, FLOP counters, DTensor, vmap): that has to see torch's."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(t) in _PLAIN for t in tensors)
+    return not torch._C._get_tracing_state() and all(type(t) in _PLAIN for t in tensors)
 
 
 def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -267,7 +263,8 @@ def gradients(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> Gra
 
 
 def _backward_torch(g: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> Grads:
-    dx = depthwise_reference(g, weight.flip(2, 3)) if need[0] else None  # 0.7 to 1.6 times torch's own speed
+    with torch.autocast("cpu", enabled=False):  # nor was the forward pass within
+        dx = depthwise_reference(g, weight.flip(2, 3)) if need[0] else None  # 0.7 to 1.6 times torch's own speed
     if not (need[1] or need[2]):
         return dx, None, None
     C, pad, one = weight.shape[0], [weight.shape[-1] // 2] * 2, [1, 1]

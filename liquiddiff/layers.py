@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from liquiddiff.config import BadInput
-from liquiddiff.depthwise import Kernel, is_literal
+from liquiddiff.depthwise import DepthwiseConv2d, Kernel, is_literal
 from liquiddiff.pointwise import pointwise
 
 
@@ -41,10 +41,13 @@ class Pointwise(nn.Linear):
         first: bool = False,
         row_BC: Tensor | None = None,
         then: bool = False,
-        of: Kernel | None = None,
+        of: nn.Module | Kernel | None = None,
     ) -> Tensor:
-        """See the class and `pointwise`, whose options these are."""
-        return pointwise(x_BCHW, *self.layer(), add, first, row_BC, then, of)
+        """See the class and `pointwise`, whose options these are; `of` may be the layer itself."""
+        kernel: Any = of
+        if isinstance(of, nn.Module):
+            x_BCHW, kernel = (x_BCHW, (of.weight, of.bias)) if bare(of) else (of(x_BCHW), None)
+        return pointwise(x_BCHW, *self.layer(), add, first, row_BC, then, kernel)
 
 
 class SparsePointwise(Pointwise):
@@ -72,6 +75,32 @@ class SparsePointwise(Pointwise):
     def layer(self) -> tuple[Tensor, Tensor]:
         """The weights that exist, the others zero, and the bias."""
         return self.weight * self.mask, self.bias
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Tell whether somebody counts on one being called: by a hook, or by a `forward` of this one object."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "forward" in m.__dict__:
+            return True
+    return False
+
+
+_FORWARDS = {nn.Linear.forward, Pointwise.forward, DepthwiseConv2d.forward}
+
+
+def bare(*layers: nn.Module | None) -> bool:
+    """Tell whether layers are no more than their weights, so that they need not be called: see `watched`.
+
+    A compiled network is not asked: its layers are taken to be so.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    for layer in layers:
+        if layer is not None and (type(layer).forward not in _FORWARDS or watched(layer)):
+            return False
+    return True
 
 
 @cache

@@ -10,7 +10,7 @@ Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_d
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from liquiddiff import chains, fused, parts
 from liquiddiff.attention import Attention, LinearAttention
 from liquiddiff.config import Mixer, choose
 from liquiddiff.depthwise import DepthwiseConv2d, Kernel
-from liquiddiff.layers import Pointwise, Slot, SparsePointwise, ZeroLinear, half, per_channel, wiring
+from liquiddiff.layers import Pointwise, Slot, SparsePointwise, ZeroLinear, half, per_channel, watched, wiring
 from liquiddiff.liquid_ode import LTC, ODE
 from liquiddiff.scans import SSM, Mamba
 
@@ -63,11 +63,11 @@ class CfC(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BC: Tensor) -> Tensor:
         """See the class."""
-        return self._rest(self.backbone(x_BCHW, then=True, of=self.context.kernel()), temb_BD, t_B, *rows_BC)
+        return self._rest(self.backbone(x_BCHW, then=True, of=self.context), temb_BD, t_B, *rows_BC)
 
     def first(self, x_BCHW: Tensor) -> Tensor:
         """Up to the first product, (B, M, H, W): `rest` of it is the cell (see LiquidDiffusionBlock.in_steps)."""
-        return self.backbone(x_BCHW, of=self.context.kernel())
+        return self.backbone(x_BCHW, of=self.context)
 
     def rest(self, z_BMHW: Tensor, temb_BD: Tensor, t_B: Tensor) -> Tensor:
         """What follows `first`."""
@@ -94,9 +94,11 @@ class CfC(nn.Module):
         if type(self) is not CfC or self.gate != "time" or len(self.g) == 1 or self.head_tanh:
             return None
         own: Any = self._modules
+        if watched(own["g"], own["h"]):
+            return None
         (dwg, _, g), (dwh, _, h) = (own[name]._modules.values() for name in "gh")
         weights = parts.weights(own["context"], own["backbone"], own["f"], dwg, g, dwh, h)
-        return parts.Mixed("cell", weights, rows)
+        return None if weights is None else parts.Mixed("cell", weights, rows)
 
 
 class Head(nn.Sequential):
@@ -105,7 +107,7 @@ class Head(nn.Sequential):
     def forward(self, z_BMHW: Tensor) -> Tensor:
         """(B, M, H, W) -> (B, C, H, W)."""
         first: Any = self[0]
-        return self[-1](z_BMHW, first=True, of=first.kernel()) if len(self) > 1 else first(z_BMHW)
+        return self[-1](z_BMHW, first=True, of=first) if len(self) > 1 else first(z_BMHW)
 
 
 # gate: (f exists, h exists, time_a and time_b exist)
@@ -156,18 +158,22 @@ class Conv(nn.Module):
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, *rows_BM: Tensor) -> Tensor:
         """See the class."""
-        return self.separable(x_BCHW, temb_BD, *rows_BM, of=self.context.kernel())
+        return self.separable(x_BCHW, temb_BD, *rows_BM, of=self.context)
 
     def mixed(self, rows: list[Tensor]) -> parts.Mixed | None:
         """The same, for a whole block in one call; None of a subclass."""
         if type(self) is not Conv:
             return None
-        return parts.Mixed("separable", parts.weights(self.context, self.expand, self.contract), rows)
+        weights = parts.weights(self.context, self.expand, self.contract)
+        return None if weights is None else parts.Mixed("separable", weights, rows)
 
-    def separable(self, x_BCHW: Tensor, temb_BD: Tensor, *rows_BM: Tensor, of: Kernel | None = None) -> Tensor:
+    def separable(self, x_BCHW: Tensor, temb_BD: Tensor, *rows_BM: Tensor, of: nn.Module | None = None) -> Tensor:
         """Both products, after a depthwise convolution where `of` is one."""
         (scale,) = rows_BM or parts.rows(temb_BD, [self.timed()])[0]
-        done = chains.separable(x_BCHW, of, self.expand.layer(), scale, self.contract.layer())
+        done, weights = None, parts.weights(of, self.expand, self.contract)
+        if weights is not None:
+            kernel = None if of is None else cast(Kernel, tuple(weights[:2]))
+            done = chains.separable(x_BCHW, kernel, weights[2:4], scale, weights[4:])
         if done is not None:
             return done
         return self.contract(self.expand(x_BCHW, then=True, of=of) * (1 + per_channel(scale)))

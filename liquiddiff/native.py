@@ -71,7 +71,9 @@ def _build(name: str, flags: Sequence[str]) -> ctypes.CDLL:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         library = ctypes.CDLL(str(made))  # stays mapped when the file moves or goes
         if made.parent.parent == cache:
-            os.replace(made, target)  # atomic: another process sees the whole file or none
+            with suppress(OSError), made.open("rb") as file:  # where another's cannot be replaced this one is loaded
+                os.fsync(file.fileno())  # or after a loss of power half a file has the name: to load it is fatal
+                os.replace(made, target)  # atomic: another process sees the whole file or none
     return library
 
 
@@ -115,12 +117,14 @@ _PLAIN = (Tensor, nn.Parameter)
 def eager(*tensors: Tensor) -> bool:
     """Tell whether a kernel may take these: plain float32 CPU tensors, and nothing that looks through operators.
 
-    What does (autocast, torch.compile, fake tensors, FLOP counters, DTensor, functorch, forward-mode gradients) has to
-    see torch's own.
+    What does (autocast, torch.compile, torch.jit.trace, fake tensors, FLOP counters, DTensor, functorch, forward-mode
+    gradients) has to see torch's own.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._get_tracing_state():
         return False
     return forward_ad._current_level < 0 and plain(*tensors)
 

@@ -2,8 +2,8 @@
 
 `parts.c` calls the kernels that layers would call one by one (fused.c, pointwise.c, depthwise.c, chains.c). What is
 saved is Python, autograd and torch's dispatch between them: where images are small, much of the time. `block` gives
-None where that is not to be had, as the functions of `chains` do; `ready` is asked before it. Modules whose weights are
-given are not called: their forward hooks see nothing.
+None where that is not to be had, as the functions of `chains` do; `ready` is asked before it. Layers whose weights are
+taken are not called: `weights` gives None where one has to be.
 
 Legend: B batch, C channels, H W space, D time embedding, M N hidden widths of the mixer and of the feed-forward, O
 outputs of a layer.
@@ -23,8 +23,9 @@ from liquiddiff import native
 from liquiddiff.chains import EPS
 from liquiddiff.depthwise import entries, is_literal
 from liquiddiff.fused import PIECE
+from liquiddiff.layers import bare
 
-__all__ = ["Mixed", "block", "ready", "rows", "watched", "weights"]
+__all__ = ["Mixed", "block", "ready", "rows", "weights"]
 
 Weights = list[Tensor | None]  # weight and bias of one layer after the other
 
@@ -50,7 +51,7 @@ def rows(temb_BD: Tensor, groups: Sequence[Sequence[nn.Linear]]) -> list[list[Te
     layers = [layer for group in groups for layer in group]
     args = weights(*layers)
     found: Iterable[Tensor]
-    if _takes_rows(temb_BD, args):
+    if args is not None and _takes_rows(temb_BD, args):
         sizes = [len(group) for group in groups if group]
         found = _Rows.apply(sizes, temb_BD, *args) if torch.is_grad_enabled() else _rows(temb_BD, cast(Any, args))
     else:
@@ -76,26 +77,25 @@ def _takes_rows(temb: Tensor, layers: Weights) -> bool:
     return True
 
 
-def weights(*modules: nn.Module | None) -> Weights:
-    """Weight and bias of each, None and None of none; from where torch keeps them, where they are: that is faster."""
+def weights(*modules: nn.Module | None) -> Weights | None:
+    """Weight and bias of each, None and None of none; no list where one has to be called, see `bare`.
+
+    From where torch keeps them, where they are: that is faster.
+    """
+    if not bare(*modules):
+        return None
     found: Weights = []
     for module in modules:
         if module is None:
             found += (None, None)
             continue
         kept = module._parameters
-        if kept.get("weight") is not None and not module._buffers:
-            found += (kept["weight"], kept.get("bias"))
-        else:  # masked, pruned, parametrized, a replica's
+        if kept.get("weight") is not None and "bias" in kept and not module._buffers:
+            found += (kept["weight"], kept["bias"])
+        else:  # masked, parametrized, a replica's
             other: Any = module
             found += other.layer() if hasattr(other, "layer") else (other.weight, other.bias)
     return found
-
-
-def watched(module: nn.Module) -> bool:
-    """Tell whether somebody counts on the module being called: by a hook, or by a `forward` of this one object."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
 
 
 def ready(x_BCHW: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquiddiff.parts import watched
+from liquiddiff.layers import watched
 
 
 class Relaxation(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -344,17 +345,75 @@ def test_a_mixer_of_the_users_own_a_hook_and_another_layer_are_asked():
     assert not torch.allclose(module(x, temb), before)
 
 
+WATCHED = ["norm", "mixer.context", "mixer.f", "mixer.time_a", "mixer.g", "mixer.h.0", "spatial", "spatial.norm"]
+WATCHED += ["norm.modulation", "spatial.scales.1", "spatial.pool", "spatial.out", "feed_forward", "feed_forward.norm"]
+WATCHED += ["feed_forward.expand", "mixer.g.2"]
+
+
+def doubled(made):
+    return (2 * made[0], *made[1:]) if isinstance(made, tuple) else 2 * made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_layer_that_somebody_watches_or_writes_is_called(name):
+    module, x, temb, _ = make("block_of_cfc", 2, 32, 40, 4, 4)
+    before, layer = module(x, temb), module.block.get_submodule(name)
+
+    def check():
+        got = module(x, temb)
+        assert not torch.allclose(got, before, rtol=1e-3)
+        with literal():
+            assert_close([got], [module(x, temb)])
+
+    hook = layer.register_forward_hook(lambda layer, given, made: doubled(made))
+    check()
+    hook.remove()
+    assert torch.equal(module(x, temb), before)
+    layer.forward = lambda *given, **options: doubled(type(layer).forward(layer, *given, **options))
+    check()
+    del layer.forward
+    known, own = (
+        type(layer),
+        {"forward": lambda self, *given, **options: doubled(known.forward(self, *given, **options))},
+    )
+    if name not in ("norm", "spatial", "spatial.norm", "feed_forward", "feed_forward.norm", "mixer.g"):
+        layer.__class__ = type("Own", (known,), own)  # as an adapter that keeps the weight
+        check()
+
+
 @pytest.mark.parametrize("name", ["norm.modulation", "spatial.scales.0", "spatial.pool", "mixer.context", "mixer.f"])
-def test_layers_that_hold_their_weights_otherwise(name):
+@pytest.mark.parametrize("kept", ["weight", "bias"])
+def test_layers_that_hold_their_weights_otherwise(name, kept):
     module, x, temb, _ = make("block_of_cfc", 2, 32, 40, 4, 4)
     layer = module.block.get_submodule(name)
     with torch.no_grad():
         before = module(x, temb)
-        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+        nn.utils.parametrize.register_parametrization(layer, kept, nn.Identity())
         torch.testing.assert_close(module(x, temb), before)
-        nn.utils.parametrize.remove_parametrizations(layer, "weight")
-        nn.utils.prune.identity(layer, "weight")
-        torch.testing.assert_close(module(x, temb), before)
+        nn.utils.parametrize.remove_parametrizations(layer, kept)
+    nn.utils.prune.identity(layer, kept)
+    for _ in range(2):  # what a pruned layer computes with is made anew each time, with a graph of its own
+        got = module(x, temb)
+        torch.testing.assert_close(got, before)
+        got.sum().backward()
+    getattr(layer, f"{kept}_orig").data.mul_(2)
+    got = module(x, temb)
+    assert not torch.allclose(got, before)
+    with literal():
+        assert_close([got], [module(x, temb)])
+
+
+@torch.no_grad()
+def test_a_trace_records_what_is_computed():
+    net = LiquidDiffusionUNet(Model("test", [32, 40], [1, 1]), in_channels=1, resolution=8)
+    for p in net.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    args = torch.randn(2, 1, 8, 8), torch.rand(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and tells of every `if`
+        traced = torch.jit.trace(net, args, check_trace=False)
+        torch.testing.assert_close(traced(*args), net(*args), rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_of_the_users_own_is_given_what_blocks_are_given():

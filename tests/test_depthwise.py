@@ -179,6 +179,15 @@ def test_modes_of_torch():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch's own, on the first dual tensor
+def test_gradients_that_are_asked_for_within_autocast_are_as_precise():
+    x, w, b, g = make(2, 3, 6, 6, 5)  # few channels: torch's work
+    want = results(depthwise_reference, *(t.double() for t in (x, w, b, g)))
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    y = depthwise(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close([y.detach(), *torch.autograd.grad(y, inputs, g)], want)
+
+
 def test_a_second_derivative_and_forward_mode_raise_and_functorch_works():
     x, w, _, _ = make(2, 16, 4, 4, 3)
     if backend() == "c":
@@ -275,6 +284,16 @@ def test_a_damaged_cache_is_rebuilt(fresh):
     made.write_bytes(b"damaged")
     impl._library.cache_clear()
     assert backend(5) == "c" and made.stat().st_size > 1000
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+def test_what_is_built_is_used_where_it_cannot_be_kept(fresh):
+    assert backend(5) == "c"
+    (made,) = (fresh / "cache" / "liquiddiff").iterdir()
+    made.unlink()
+    made.mkdir()  # a file of its name cannot be replaced
+    impl._library.cache_clear()
+    assert backend(5) == "c" and list(made.parent.iterdir()) == [made]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")

@@ -475,6 +475,15 @@ def test_the_lean_scan_is_the_same_and_keeps_its_inputs_alone(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_the_scan_is_the_same_by_torch_func():
+    u, dt, A, B, C, D = (z.detach().requires_grad_() for z in selective_inputs(9))
+    one = lambda u, dt, B, C: selective_scan.selective_scan(u[None], dt[None], A, B[None], C[None], D)[0]  # noqa: E731
+    y = selective_scan.selective_scan(u, dt, A, B, C, D)
+    torch.testing.assert_close(torch.func.vmap(one)(u, dt, B, C), y)
+    loss = lambda A: selective_scan.selective_scan(u, dt, A, B, C, D).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(A), *torch.autograd.grad(loss(A), A))
+
+
 def test_mamba_scans_all_four_ways():
     image = torch.arange(6.0).reshape(1, 1, 2, 3)
     ways = [scans.along(k, image).flatten().tolist() for k in range(4)]
