@@ -16,6 +16,7 @@ import yaml
 
 from analysis import cli
 from liquiddiff.config import BadInput, choose
+from liquiddiff.record import write_atomic
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 HEAD = """# Claims
@@ -137,7 +138,7 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
         return 1
     if not flags:
         for path in stale:
-            path.write_text(files[path])
+            write_atomic(path, files[path])
         for each in judged:
             print(f"{each.word.upper():>16}  {each.claim}\n{'':>16}  {each.numbers}")
     return 0

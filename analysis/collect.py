@@ -15,7 +15,6 @@ are what the room is now. A second collection changes nothing.
 import csv
 import io
 import math
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from analysis import cli, curves
 from analysis.runs import SCORES, Found, from_folders, from_mlflow
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
@@ -50,7 +50,8 @@ def composed(experiment: "Experiment", arm: str, tier: str, data: str) -> "Run |
     from experiments import compose
 
     room = experiment.at(tier)
-    path = [f"data.path=/{data.removeprefix('folder-')}"] if data.startswith("folder-") else []
+    name = data.removeprefix("folder-").replace("'", "\\'")  # as Hydra reads it within quotes
+    path = [f"data.path='/{name}'"] if data.startswith("folder-") else []
     free = [f"tier={tier}", f"data={'folder' if path else data}", *path]
     fixed = {override.split("=")[0] for override in room.overrides}
     arguments = [*(o for o in free if o.split("=")[0] not in fixed), f"ablation={arm}"]
@@ -189,7 +190,10 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
         reader = csv.DictReader(file)
         if strange := sorted(set(reader.fieldnames or ()) - set(columns)):
             raise BadInput(f"{path} has columns that this version does not know: {', '.join(strange)}")
-        return [{column: row.get(column) or "" for column in columns} for row in reader]
+        rows = [{column: row.get(column) or "" for column in columns} for row in reader]
+    if any(not (row["arm"] and row["tier"] and row["data"]) for row in rows):  # as of a merge that was left half-way
+        raise BadInput(f"{path} has rows without an arm, a tier or a data set: mend it by hand")
+    return rows
 
 
 def write(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> bool:
@@ -200,9 +204,7 @@ def write(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> bool
     writer.writerows(rows)
     if path.exists() and path.read_text() == buffer.getvalue():
         return False
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(buffer.getvalue())
-    os.replace(temporary, path)
+    write_atomic(path, buffer.getvalue())
     return True
 
 

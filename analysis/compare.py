@@ -124,6 +124,8 @@ def main(argv: list[str], out: Path = Path("runs")) -> int:
     values, _ = cli.arguments([argument for argument in argv if "=" in argument], {"out": ""})
     if len(names) != 2:
         raise BadInput("give two runs: python -m analysis.compare runs/ARM-SIGNATURE-s0 runs/OTHER-SIGNATURE-s0")
+    if values["out"] and Path(values["out"]).suffix not in (".png", ".svg"):
+        raise BadInput(f"out={values['out']} must end in .png or .svg")
     a, b = (load(name, out) for name in names)
     differing, agreeing = configuration(a.run, b.run)
     short = [side.folder.name for side in (a, b)]

@@ -80,7 +80,10 @@ class Evidence:
         """A committed CSV. Raises Missing where it is not there."""
         if not (self.root / path).exists():
             raise Missing(f"experiments/{path}, which {command} makes")
-        return pd.read_csv(self.root / path)
+        frame = pd.read_csv(self.root / path)
+        if frame.empty:
+            raise Missing(f"rows of experiments/{path}, which {command} makes")
+        return frame
 
     @property
     def dynamics(self) -> pd.DataFrame:

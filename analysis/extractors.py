@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from liquiddiff.config import BadInput
+from liquiddiff.config import PIXELS, BadInput
 
 
 class _Extractor(FeatureExtractorBase):
@@ -55,7 +55,7 @@ class Pixel(_Extractor):
 
     def features(self, x_NCHW: Tensor) -> Tensor:
         """(N, C*H*W)."""
-        if (dims := x_NCHW[0].numel()) > 3072:  # 3x32x32
+        if (dims := x_NCHW[0].numel()) > PIXELS:
             raise BadInput(f"eval.extractor=pixel means {dims} features an image: choose eval.extractor=effnet_lite0")
         return (x_NCHW.float() / 127.5 - 1).flatten(1)
 

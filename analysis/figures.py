@@ -235,7 +235,7 @@ FIGURES: dict[str, tuple[Callable[[View], Figure], str]] = {
 def drawable(view: View) -> list[str]:
     """The figures that a view's data allow."""
     allowed = {
-        "cost": bool(costs(view)),
+        "cost": bool(costs(view)) and bool(view.values().get(view.experiment.arms[0])),
         "loss": len(view.curves) > 0 and view.arms[0] in set(view.curves.dropna(subset=["val_loss"])["arm"]),
         "samples": bool(view.strips),
     }

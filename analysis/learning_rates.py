@@ -19,6 +19,7 @@ from analysis import cli
 from analysis.collect import composed
 from analysis.runs import Found, from_folders
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
@@ -33,11 +34,14 @@ TIE = 1e-3  # of val_loss, which a seed moves by 0.0005 to 0.003: one seed tells
 def choose(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials in order, with `chosen` marking each arm's lowest rate whose val_loss is within TIE of its best.
 
-    That of a rate is the mean over its seeds: the least of several would be the luckiest seed's.
+    That of a rate is the mean over the seeds that all of the arm's rates have, or over its own where there are none
+    such: the least of several would be the luckiest seed's.
     """
     trials = trials.sort_values(KEY).reset_index(drop=True)
     arms = trials.groupby(KEY[:3])
-    loss = trials.groupby(KEY[:4])["val_loss"].transform("mean")
+    shared = trials.groupby([*KEY[:3], "seed"])["lr"].transform("nunique") == arms["lr"].transform("nunique")
+    shared |= ~shared.groupby([trials[key] for key in KEY[:3]]).transform("any")
+    loss = trials["val_loss"].where(shared).groupby([trials[key] for key in KEY[:4]]).transform("mean")
     tied = loss <= loss.groupby([trials[key] for key in KEY[:3]]).transform("min") + TIE
     tied &= arms["lr"].transform("nunique") >= LEAST
     trials["chosen"] = tied & ~trials.where(tied).duplicated(KEY[:3])
@@ -84,7 +88,8 @@ def main(argv: list[str]) -> int:
                 continue
             raise BadInput(f"no finished run of experiment={experiment.name} under {out}; run the grid first")
         trials = choose(trials.drop_duplicates(KEY, keep="last"))
-        trials.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        text = trials.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        write_atomic(path.resolve(), text)  # a room may have another's by a link
         print(trials.to_string(index=False))
         print(f"{experiment.name}: {len(rows)} of these runs found under {out}")
     return 0

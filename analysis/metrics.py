@@ -179,6 +179,8 @@ def check_count(n: int, total: int) -> None:
         raise BadInput(f"eval.n={n} but the set has {total} images: set eval.n={total} or less")
     if n < least:
         raise BadInput(f"eval.n={n} is too few to measure anything: set eval.n={least} or more")
+    if total < 2 * least:
+        raise BadInput(f"the set has {total} images, and real halves of it are compared: it needs {2 * least} or more")
 
 
 def _pixel(images: ImageData) -> Features | None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from analysis import cli, style
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     from analysis.views import View
@@ -135,7 +136,7 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
         if placed != text and flags:
             stale.append(readme)
         elif placed != text:
-            readme.write_text(placed)
+            write_atomic(readme, placed)
         if not flags:
             print(f"{experiment.name}: {sum(len(figures.drawable(view)) for view in found)} figures in {out}")
     if stale:

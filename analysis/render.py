@@ -8,6 +8,7 @@ from pathlib import Path
 
 from analysis.stats import Difference
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 MISSING, NOT_APPLICABLE = "X", "—"
 LATEX = {
@@ -161,6 +162,6 @@ def update(page: Path, tables: Mapping[str, str], check: bool, again: str) -> in
         print(f"not of today's results: {page}; {again}", file=sys.stderr)
         return 1
     if not check:
-        page.write_text(text)
+        write_atomic(page, text)
         print(f"wrote {page}")
     return 0

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from analysis import cli, figures, render, stats, tables, views
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
@@ -218,7 +219,7 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
             print(f"not of today's results: {path}; make paper", file=sys.stderr)
         return 0 if fresh else 1
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    write_atomic(path, text)
     print(f"{path}, {len(text.encode()) / 1e6:.1f} MB")
     return 0
 

@@ -86,7 +86,15 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
     A SQL store is read by four queries, because the client needs minutes for 10,000 runs; any other by the client.
     """
     sql = uri.split(":")[0].split("+")[0] in {"sqlite", "postgresql", "mysql"}
-    stored = _read_sql(uri) if sql else _read_client(uri)
+    try:
+        stored = _read_sql(uri) if sql else _read_client(uri)
+    except BadInput:
+        raise
+    except Exception as error:  # no driver, no database, no tables: whatever SQLAlchemy can throw
+        if not sql:
+            raise
+        line = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise BadInput(f"{uri} cannot be read as an MLflow store ({line[0][:160]})") from error
     found = []
     for params, tags, last, history in stored:
         if not wanted(tags.get("arm", "")):

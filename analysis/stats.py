@@ -208,7 +208,8 @@ def best(values: Mapping[str, Values], lower_is_better: bool = True) -> set[str]
     others = [arm for arm in means if arm != first]
     differences = [paired(values[arm], values[first]) for arm in others]
     worse = holm([p_value(d, spread) for d, spread in zip(differences, moderated(differences), strict=True)])
-    return {first} | {arm for arm, p in zip(others, worse, strict=True) if p >= ALPHA}
+    by = zip(others, worse, differences, strict=True)  # by the seeds that both have one may be better
+    return {first} | {arm for arm, p, d in by if p >= ALPHA or (len(d) and sign * d.mean() <= 0)}
 
 
 def pooled_sd(values: Mapping[str, Values], baseline: str) -> tuple[float, int, int]:

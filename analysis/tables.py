@@ -22,6 +22,7 @@ import pandas as pd
 from analysis import cli, render, stats
 from analysis.render import MISSING, NOT_APPLICABLE, Cell, Table
 from liquiddiff.config import BadInput, choose
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     from experiments.room import Experiment
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 TIERS = ("laptop", "hour", "paper")
 HIGHER_IS_BETTER = ("precision", "recall")
 TEXTS = ("signature", "commit", "data_fingerprint", "reference", "weights", "dtype")  # columns, not numbers
+NEEDED = ("arm", "tier", "data")  # of every row
+MEND = "mend it, or take it away and collect the runs again (python -m analysis.collect)"
 ASIDE = ("arms", "metric", "nfe", "margin")  # arguments that ask something else
 STEADY = 1.3
 Values = dict[str, dict[int, float]]
@@ -41,11 +44,16 @@ def load(folder: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype={key: str for key in TEXTS})
     except (OSError, pd.errors.EmptyDataError):
         frame = pd.DataFrame()
+    except ValueError as error:  # no text, or no table
+        raise BadInput(f"{path} cannot be read ({' '.join(str(error).split())[:120]}): {MEND}") from error
     if frame.empty:
         raise BadInput(
             f"{path} has no rows yet: python experiments/run.py experiment={folder.name}, "
             f"then python -m analysis.collect experiment={folder.name}"
         )
+    without = [key for key in NEEDED if key not in frame or frame[key].isna().any()]
+    if without := [*without, *(key for key in ("seed", "nfe", "n") if key not in frame)]:
+        raise BadInput(f"{path} has rows without {', '.join(without)}: {MEND}")
     return frame
 
 
@@ -59,8 +67,13 @@ def tables_of(folder: Path, experiment: "Experiment") -> list[Table]:
 
 
 def groups_of(frame: pd.DataFrame, experiment: "Experiment") -> list[tuple[str, str, "Experiment", pd.DataFrame]]:
-    """(title, slug, the experiment as the tier has it, rows) of each tier and data set, the laptop tier's first."""
-    groups = sorted(frame.groupby(["tier", "data"]), key=lambda item: (rank(str(item[0][0])), item[0]))
+    """(title, slug, the experiment as the tier has it, rows) of each tier and data set, the laptop tier's first.
+
+    One of which no run is the experiment's, as of an arm that has another name now, is none.
+    """
+    found = frame.groupby(["tier", "data"])
+    groups = [(key, rows) for key, rows in found if rows["arm"].isin(experiment.arms).any()]
+    groups = sorted(groups, key=lambda item: (rank(str(item[0][0])), item[0]))
     return [
         (
             f"{tier} tier, {data}",
@@ -125,7 +138,9 @@ def floor_of(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return floor
     same = floor["data_fingerprint"].isin(runs["data_fingerprint"]) & floor["extractor"].isin(runs["extractor"])
-    return floor[same]
+    halves = runs["reference"].str.rpartition("/")[2].astype(int) // 2  # of as many images, or of half of all
+    off = (floor[same]["n"] - min(runs["n"].max(), halves.max())).abs()
+    return floor.loc[off[off == off.min()].index]
 
 
 def table_of(
@@ -265,6 +280,8 @@ def aside(experiment: "Experiment", asked: dict[str, str]) -> "Experiment":
         changes |= {key: kind(asked[key]) for key, kind in (("nfe", int), ("margin", float)) if key in asked}
     except ValueError as error:
         raise BadInput(f"nfe= and margin= are numbers: {error}") from error
+    if not 0 <= changes.get("margin", 0) < math.inf:
+        raise BadInput(f"margin={asked['margin']} must not be negative, and finite")
     if "metric" in asked:
         changes["metric"] = choose("metric", asked["metric"], METRICS)
         changes["lower_is_better"] = asked["metric"] not in HIGHER_IS_BETTER
@@ -303,7 +320,7 @@ def main(argv: list[str], root: Path = cli.ROOMS) -> int:
             stale.append(path)
             if not flags:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                write_atomic(path, text)
         if not flags:
             for table in tables:
                 print("\n".join([f"## {experiment.name}", "", render.markdown(table), "", *table.verdicts, ""]))

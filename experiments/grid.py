@@ -161,7 +161,8 @@ class Pool:
                 pipe.send(record.run)
         else:
             self.busy.pop(pipe, None)
-            pipe.send(None)
+            with contextlib.suppress(OSError):  # it may have died since its last word
+                pipe.send(None)
             process.join()
 
     def run(self) -> list[tuple[Record, str]]:

@@ -11,6 +11,7 @@ Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted and resumable.
 """
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):  # torch's, late
             raise
         print(f"error: {str(error).splitlines()[0]} Nothing is lost. Give optim.checkpointing=true, a smaller "
               "optim.batch or, for the evaluation, eval.batch", file=sys.stderr)  # fmt: skip
@@ -120,7 +121,7 @@ def run_one(launch: compose.Launch, run: Run, overrides: list[str]) -> int:
     part()
     if status == 0:
         screen.results(record)
-        print(f"mlflow     mlflow ui --backend-store-uri {record.tracking_uri()}")
+        print(f"mlflow     mlflow ui --backend-store-uri {shlex.quote(record.tracking_uri())}")
     return status
 
 

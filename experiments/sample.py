@@ -7,6 +7,7 @@
 Sample k of a seed starts from the same noise in every arm.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def main(argv: list[str]) -> int:
         shift, resolution = float(values["shift"]), int(values["resolution"] or 0)
     except ValueError as error:
         raise BadInput(f"n, nfe, seed, batch, resolution and shift are numbers: {error}") from error
-    if min(n, nfe, batch) < 1 or shift <= 0:
-        raise BadInput("n, nfe, batch and shift must be positive")
+    if min(n, nfe, batch) < 1 or not 0 < shift < math.inf or resolution < 0:
+        raise BadInput("n, nfe, batch, shift and resolution must be positive")
 
     import torch
     from torchvision.transforms.functional import to_pil_image
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
     folder = Path(values["run"])
     out = Path(values["out"] or (folder / "samples" if (folder / "run.yaml").exists() else "samples"))
     out.mkdir(parents=True, exist_ok=True)
+    if older := [path for path in out.glob("[0-9]*.png") if path.stem.isdecimal() and int(path.stem) >= n]:
+        raise BadInput(f"{out} has {len(older)} images of an earlier call beyond n={n}; remove them or give out=FOLDER")
     images = []
     for start in range(0, n, batch):
         noise = initial_noise(seed, start, min(batch, n - start), (channels, side, side)).to(device)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
+PIXELS = 3 * 32 * 32  # of an image whose pixels can be features
+
 
 class BadInput(ValueError):
     """What the user gave cannot work. The message is one line that says the way out; run.py exits with status 2."""
@@ -250,5 +252,8 @@ def check(run: Run) -> None:
         raise BadInput(f"optim.betas={run.optim.betas} must be two numbers from 0 up to 1")
     if run.eval.extractor == "digits" and (run.data.resolution, run.data.channels) != (8, 1):
         raise BadInput("eval.extractor=digits reads 8x8 grey images only; give eval.extractor=pixel or effnet_lite0")
+    dims = run.data.channels * run.data.resolution**2
+    if run.eval.extractor == "pixel" and dims > PIXELS:
+        raise BadInput(f"eval.extractor=pixel means {dims} features an image: choose eval.extractor=effnet_lite0")
     for key, (kind, names) in CHOICES.items():
         choose(kind, flat[key], names.split())

@@ -88,6 +88,9 @@ class Record:
                 raise BadInput(
                     f"{self.folder} cannot be locked ({error.strerror}): its file system has no flock; use another out="
                 ) from error
+            here = self.folder / "lock"
+            if not here.exists() or not os.path.samestat(os.fstat(file.fileno()), here.stat()):
+                raise BadInput(f"{self.folder} was set aside by another process; give the command again")
             yield
 
     def describe(self) -> None:
@@ -249,9 +252,11 @@ def code_version(root: Path) -> tuple[str, str]:
 
 def set_aside(record: Record) -> None:
     """force=true: rename an old folder, never delete it. Raises BadInput where another process holds the run."""
-    record._index().unlink(missing_ok=True)  # its weights are not to be had again by way of `twin`
-    if record.folder.exists():
+    if not record.folder.exists():
+        record._index().unlink(missing_ok=True)
+    else:
         with record.lock():
+            record._index().unlink(missing_ok=True)  # its weights are not to be had again by way of `twin`
             k = 1
             while (aside := record.folder.with_name(f"{record.folder.name}.old{k}")).exists():
                 k += 1

@@ -101,7 +101,10 @@ def _mirror(record: Record, tags: dict[str, str], artifacts: bool, uri: str, wai
             file = turn.enter_context(open(record.out / "mlflow.lock", "a"))
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         client = MlflowClient(tracking_uri=uri)
-        if state.get("uri") != uri or not _holds(client, state["run_id"]):
+        held = "run_id" in state and _holds(client, state["run_id"])
+        if held and state.get("uri") != uri:  # the store was moved, or copied, with its runs
+            save(uri=uri)
+        if not held:
             experiment = _experiment(client, record, uri)
             if "experiment" in tags:
                 tags = tags | {"mlflow.parentRunId": _parent(client, experiment, tags)}

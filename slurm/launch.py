@@ -88,6 +88,8 @@ def command(arguments: list[str]) -> int:
     if verb in ("submit", "retry"):
         return submit(ledger, launch, runs, options, overrides, again=verb == "retry")
     if verb == "cancel":
+        if not ledger.path.exists():
+            raise BadInput(f"nothing was submitted under out={launch.out}")
         return cancel(ledger, totals)
     states = settled(ledger, totals) if verb == "wait" else ledger.states(totals)
     show(states)

@@ -7,6 +7,7 @@ From multiply-adds alone: an estimate, under the assumption that a card sustains
 TFLOP/s; a T4's, an A100's, an H100's). Measure r images a second on your own card and training takes I / r instead.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -61,13 +62,15 @@ def main(argv: list[str]) -> int:
     if argv in (["docs"], ["docs", "--check"]):
         return write("--check" in argv)
     options = {"peak": ",".join(f"{peak:g}" for peak in CARDS), "share": str(SHARE)}
-    given = [a for a in argv if a.partition("=")[0] in options]
+    given = [a for a in argv if "=" in a and a.partition("=")[0] in options]
     options |= dict(a.split("=", 1) for a in given)
     try:
         try:
             peaks, share = [float(p) for p in options["peak"].split(",")], float(options["share"])
         except ValueError as error:
             raise BadInput(f"peak= and share= take numbers: {error}") from error
+        if not all(0 < number < math.inf for number in (*peaks, share)):
+            raise BadInput("peak= and share= must be positive")
         print(table([a for a in argv if a not in given], peaks, share))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -297,6 +297,13 @@ def test_the_pages_are_written_where_they_belong(tmp_path, monkeypatch, capsys):
     assert claims.main(["--check"], root) == 1
 
 
+def test_measurements_without_a_row_are_missing(tmp_path):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "dynamics.csv").write_text("tier,data,arm\n")
+    with pytest.raises(Missing, match="rows of experiments/claims/dynamics.csv, which `python -m analysis.dynamics"):
+        _ = Evidence(tmp_path).dynamics
+
+
 def test_a_claim_without_a_rule_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "claims.yaml").write_text("alpha_dada: {claim: a, test: b, command: c}\n")

@@ -223,6 +223,30 @@ def test_unknown_columns_are_refused(tmp_path):
         collect.read(tmp_path / "results.csv")
 
 
+def test_a_merge_that_was_left_half_way_is_refused(tmp_path):
+    (tmp_path / "results.csv").write_text("arm,seed,tier,data\n<<<<<<< HEAD\nconv,0,laptop,digits\n")
+    with pytest.raises(BadInput, match="rows without an arm, a tier or a data set"):
+        collect.read(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize("name", ["My Photos (2)", "Ümlaut", "a,b=c", "it's [new]"])
+def test_a_folder_of_any_name_is_the_rooms(name):
+    """Composed again by its name alone, as a run says it."""
+    path = "/somewhere/" + name.replace("'", "\\'")
+    given = [
+        "tier=laptop",
+        "data=folder",
+        f"data.path='{path}'",
+        "eval.extractor=effnet_lite0",
+        "ablation=no_relaxation",
+    ]
+    run = compose.as_run(compose.one(given))
+    assert run.data.name == f"folder-{name}"
+    room = replace(ROOM, name="relaxation", overrides=("eval.extractor=effnet_lite0",))
+    again = collect.composed(room, "no_relaxation", run.tier, run.data.name)
+    assert again and again.signature() == run.signature()
+
+
 def test_numbers_have_six_digits_and_no_noise():
     assert collect.text("fd", 0.1 + 0.2) == "0.3" == collect.text("fd", "0.30000000000000004")
     assert collect.text("images", 25_000_000.0) == "25000000" == collect.text("images", "25000000")
@@ -252,6 +276,11 @@ def test_the_command_composes_the_rooms_arms(out, tmp_path):
         collect.main([f"out={out}/none"], root)
     with pytest.raises(BadInput, match="no MLflow store"):
         collect.main([f"tracking_uri=sqlite:///{out}/none.db"], root)
+    (out / "empty.db").touch()
+    for uri in (f"sqlite:///{out}/empty.db", "mysql+nodriver://nowhere/x"):
+        with pytest.raises(BadInput, match="cannot be read as an MLflow store") as error:
+            collect.main([f"tracking_uri={uri}"], root)
+        assert "\n" not in str(error.value)
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------------------
@@ -287,6 +316,12 @@ def test_mlflow_is_rebuilt_from_folders_and_gives_the_same_csv(out, tmp_path, ca
         assert sync.main([f"out={out}"]) == 0
     assert "1 are being written" in capsys.readouterr().out
     assert [run.info.status for run in mlflow_runs(uri)] == ["FINISHED"] * 3
+
+    # Moved, with its store: the same runs at another address.
+    moved = tmp_path / "moved"
+    shutil.copytree(out, moved)
+    assert sync.main([f"out={moved}"]) == 0
+    assert len(mlflow_runs(f"sqlite:///{moved}/mlflow.db")) == 4
 
     # Runs that the store has lost come back, and so does one that was deleted.
     from mlflow import MlflowClient

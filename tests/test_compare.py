@@ -78,7 +78,12 @@ def test_other_seeds_and_unfinished_runs_are_named(pair, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [([], "give two runs"), (["conv", "nothing"], "conv-.* begin so"), (["x", "y"], "x is not a run folder; give a")],
+    [
+        ([], "give two runs"),
+        (["conv", "nothing"], "conv-.* begin so"),
+        (["x", "y"], "x is not a run folder; give a"),
+        (["x", "y", "out=z.txt"], "must end in .png"),
+    ],
 )
 def test_bad_input_is_one_line(pair, tmp_path, names, message):
     with pytest.raises(BadInput, match=message) as error:

@@ -39,6 +39,16 @@ def test_a_rate_has_the_mean_of_its_seeds_and_no_lucky_one_decides():
     assert trials[trials["chosen"]][["lr", "seed"]].values.tolist() == [[1, 0]]
 
 
+def test_a_rate_that_alone_was_tried_again_is_compared_on_the_seeds_of_all():
+    place = {"tier": "laptop", "data": "digits", "arm": "a"}
+    losses = [(1, 0, 0.428), (2, 0, 0.425), (3, 0, 0.5), (2, 1, 0.440)]  # rate 2 again, on a seed that is hard for all
+    rows = [{**place, "lr": lr, "seed": seed, "val_loss": loss} for lr, seed, loss in losses]
+    trials = learning_rates.choose(pd.DataFrame(rows))
+    assert set(trials[trials["chosen"]]["lr"]) == {2}
+    apart = learning_rates.choose(pd.DataFrame([row | {"seed": k} for k, row in enumerate(rows[:3])]))
+    assert set(apart[apart["chosen"]]["lr"]) == {2}  # no seed is that of all
+
+
 def test_a_trial_differs_from_the_arm_in_its_rate_alone():
     today = compose.plan(["ablation=conv"])[1][0]
     other = replace(today, optim=replace(today.optim, lr=1e-5))

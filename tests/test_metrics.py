@@ -15,7 +15,7 @@ from torch import nn
 from analysis import features as features_module
 from analysis import metrics
 from analysis.digits_classifier import WEIGHTS, accuracy, load_net, split
-from liquiddiff.config import BadInput, Data, Eval, Run
+from liquiddiff.config import BadInput, Data, Eval, Run, check
 from liquiddiff.data import ImageData, open_data
 
 ROOT = Path(__file__).parents[1]
@@ -396,6 +396,14 @@ def test_evaluate_refuses_an_impossible_n_before_any_work(digits, n, hint, monke
     monkeypatch.setattr(metrics, "load_extractor", None)
     with pytest.raises(BadInput, match=hint):
         metrics.evaluate(Run(eval=Eval(n=n)), digits, None, CPU, None)
+
+
+def test_a_set_that_has_no_halves_to_compare_is_refused_before_any_work():
+    with pytest.raises(BadInput, match="has 6 images.*it needs 8 or more"):
+        metrics.check_count(5, 6)
+    metrics.check_count(5, 8)
+    with pytest.raises(BadInput, match="pixel means 12288 features"):
+        check(Run(data=Data("folder", path="/x", resolution=64, channels=3), eval=Eval(extractor="pixel")))
 
 
 def test_an_extractor_that_cannot_read_the_images_is_refused_before_sampling(tmp_path):

@@ -88,6 +88,13 @@ def test_every_figure_is_written_shown_and_the_same_bytes_again(root, capsys):
     assert capsys.readouterr().err.count(".svg") == len(figures.FIGURES)
 
 
+def test_a_first_arm_without_a_value_at_the_rooms_nfe_costs_one_figure(root):
+    assert "cost" in figures.drawable(view_of(root))
+    rows = [row for row in collect.read(root / "room/results.csv") if (row["arm"], row["nfe"]) != ("baseline", "32")]
+    collect.write(root / "room/results.csv", rows)
+    assert "cost" not in figures.drawable(view_of(root)) and figures.costs(view_of(root))
+
+
 def test_the_forest_shows_each_difference_with_its_verdict(root):
     figure = figures.forest(view_of(root))
     shown, (axes,) = texts(figure), figure.axes

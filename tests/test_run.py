@@ -144,7 +144,7 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["out=/proc/nothing"], "choose another place with out=DIR"),
         (["out=/proc/nothing", "seed=0,1"], "choose another place with out=DIR"),
         (
-            ["data=folder", "data.path=/nowhere", "eval.extractor=pixel", "seed=0,1"],
+            ["data=folder", "data.path=/nowhere", "data.resolution=32", "eval.extractor=pixel", "seed=0,1"],
             "data.path=/nowhere cannot be read",
         ),
         (["device=cuda:99", "seed=0,1"], "device=cuda:99 cannot be used here"),
@@ -255,6 +255,36 @@ def test_an_arm_of_another_size_takes_what_does_not_fit_the_baseline(tmp_path, c
     assert main(["ablation=size_small", "model.blocks=[1,1,1]", f"out={tmp_path}", "dry=true"]) == 0
     said = capsys.readouterr().out
     assert "size_small" in said and "of the baseline's" not in said
+
+
+def test_what_another_process_holds_is_not_set_aside_and_its_weights_stay_known(small):
+    held = Record(compose.plan([*small, "optim.images=96"])[1][0])
+    assert main([*small, "optim.images=96"]) == 0 and held.weights()
+    other = Record(held.run)
+    with held.lock():
+        with pytest.raises(BadInput, match="is being written by another process"):
+            record.set_aside(other)
+        assert held.weights()
+    record.set_aside(other)
+    assert not held.folder.exists() and held.weights() is None
+
+
+def test_a_run_that_is_set_aside_between_two_steps_of_locking_is_not_held_twice(small, monkeypatch):
+    mine, taken = Record(compose.plan(small)[1][0]), []
+    mine.create()
+    flock = record.fcntl.flock
+
+    def slow(file, how):  # before this one has the lock, another process takes the folder away and begins anew
+        if not taken:
+            taken.append(mine.folder.rename(mine.folder.with_name("aside")))
+            Record(mine.run).create()
+        flock(file, how)
+
+    monkeypatch.setattr(record.fcntl, "flock", slow)
+    with pytest.raises(BadInput, match="was set aside by another process"), mine.lock():
+        pass
+    with mine.lock():
+        pass
 
 
 def test_a_forced_run_that_is_interrupted_resumes_without_force(small, monkeypatch, capsys):
@@ -456,6 +486,8 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
             assert (
                 np.abs(np.asarray(image).astype(int) - expected[k, 0].numpy()).max() <= 1
             )  # the batch rounds otherwise
+    with pytest.raises(BadInput, match="has 4 images of an earlier call beyond n=1"):  # two protocols in one folder
+        sample.main([f"run={folder}", "n=1", "nfe=2", f"out={tmp_path}/pngs"])
     assert sample.main([f"run={folder}/model", "n=1", "nfe=2", "solver=heun", f"out={tmp_path}/published"]) == 0
     velocity, x, t = sample.load(f"{folder}/model", "cpu")[0], torch.randn(1, 1, 8, 8), torch.full((1,), 0.5)
     config = yaml.safe_load((folder / "run.yaml").read_text())
@@ -463,7 +495,8 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     with torch.no_grad():
         assert torch.allclose(sample.load(f"{folder}/model", "cpu")[0](x, t), (x - velocity(x, t)) / 0.5)
-    for arguments in (["n=3"], ["run=/nowhere"], [f"run={folder}", "nfe=x"], [f"run={folder}", "solver=eular"]):
+    for arguments in (["n=3"], ["run=/nowhere"], [f"run={folder}", "nfe=x"], [f"run={folder}", "solver=eular"],
+                      [f"run={folder}", "shift=nan"], [f"run={folder}", "resolution=-8"]):  # fmt: skip
         with pytest.raises(BadInput):
             sample.main(arguments)
     assert cli.arguments(["n=3"], sample.DEFAULTS)[0]["n"] == "3"

@@ -39,6 +39,7 @@ from slurm.nodes import load_profile
         (["cluster=local", "jobs=0"], "jobs=0 must be at least 1"),
         (["force=true"], "force=true belongs to experiments/run.py"),
         (["status", "conv"], "cannot read 'conv'; write key=value"),
+        (["cancel"], "nothing was submitted under out="),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(small, capsys, arguments, said):
@@ -87,6 +88,13 @@ def test_the_page_on_clusters_holds_todays_tables(tmp_path, monkeypatch, capsys)
     assert plan.main(["docs", "--check"]) == 1 and plan.PAGE.read_text() == old != whole
     assert "not of today's results" in capsys.readouterr().err
     assert plan.main(["docs"]) == 0 and plan.PAGE.read_text() == whole
+
+
+@pytest.mark.parametrize("wrong", ["peak", "share=0", "peak=65,-1", "peak=x", "share=nan"])
+def test_a_plan_of_no_card_is_one_line(wrong, capsys):
+    assert plan.main(["tier=hour", wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_torn_line_costs_its_own_jobs_alone(tmp_path, capsys):

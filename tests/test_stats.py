@@ -189,6 +189,10 @@ def test_best_marks_the_best_and_what_is_not_worse():
     del values["better"]
     assert stats.best(values) == {"baseline", "same"}
     assert stats.best({"a": {0: 1.0}, "b": {0: 2.0}}) == set()
+    noise = dict(enumerate(RNG(1).normal(0, 0.01, 8)))
+    whole = {"whole": {seed: 1.0 + x for seed, x in noise.items()}}
+    better = {"better": {seed: 0.9 * x for seed, x in list(whole["whole"].items())[:4]} | {9: 9.0}}
+    assert stats.best(whole | better) == {"whole", "better"}  # by the seeds of both it is
 
 
 def test_protocols_must_agree():

@@ -1,5 +1,6 @@
 """Tables: from a synthetic results.csv to Markdown, LaTeX and verdicts, and back by --check."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,9 @@ def test_the_floor_is_that_of_the_images_and_the_extractor_of_the_runs(root):
     others = [rows[-1] | {"data_fingerprint": "0000", "fd_pixel": "99"}, rows[-1] | {"extractor": "inception"}]
     fill(root, [*others, *rows])  # the images changed, or another extractor was tried: their floors stay in the file
     assert cells(one(root), "real")["fd_pixel ↓"].text == "0.2800"
+    of_fewer = {"n": "500", "reference": "0071/500", "fd_pixel": "99"}  # of an evaluation of fewer images, at first
+    fill(root, [rows[-1] | of_fewer, *rows])
+    assert cells(one(root), "real")["fd_pixel ↓"].text == "0.2800"
     fill(root, [*others, *rows[:-1]])
     line = cells(one(root), "real")
     assert line["fd_pixel ↓"].text == "" and line["seeds"].text == render.MISSING
@@ -264,6 +268,40 @@ def test_no_results_is_one_clear_line(root, capsys, content):
         tables.main(["experiment=room"], root)
     assert tables.main(["experiment=all"], root) == 0
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"arm,seed\nbaseline,0\n", "rows without tier, data, nfe, n: mend it"),
+        (b"arm,tier,data,seed,nfe,n\n<<<<<<< HEAD\nconv,laptop,digits,0,1,4\n", "rows without tier, data: mend it"),
+        (b"arm,tier\n\xff\xfe,1\n", "cannot be read .*: mend it"),
+    ],
+)
+def test_a_damaged_file_of_results_is_one_line(root, content, said):
+    (root / "room/results.csv").write_bytes(content)
+    with pytest.raises(BadInput, match=said) as error:
+        tables.main(["experiment=room"], root)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_an_arm_that_has_another_name_now_make_no_table(root):
+    fill(root, [*results(), row(arm="renamed", seed=0, nfe=32, tier="hour", data="flowers", fd_pixel=1.0)])
+    assert one(root).title == "laptop tier, digits, fd_pixel at 32 NFE"
+
+
+def test_a_full_disk_costs_no_page(root, monkeypatch):
+    fill(root, results())
+    page = root / "room/README.md"
+    before = page.read_text()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        tables.main(["experiment=room"], root)
+    assert page.read_text() == before and sorted(page.parent.glob(".README*")) == []
 
 
 def test_a_readme_without_markers_is_refused(root):
