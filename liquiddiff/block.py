@@ -118,21 +118,22 @@ class LiquidDiffusionBlock(nn.Module):
 
     def timed(self) -> list[list[nn.Linear]]:
         """Layers of the time embedding, whose rows a block takes: those of its norms, and the mixer's own."""
-        spatial, mixer = self.spatial, cast(Any, self.mixer)
-        norms = [self.norm, self.feed_forward.norm, *([] if spatial is None else [spatial.norm])]
+        own: Any = self._modules  # by name each would take 0.6 us, and a network asks for hundreds
+        spatial, mixer = own.get("spatial"), own["mixer"]
+        parents = [own["feed_forward"], *([] if spatial is None else [spatial])]
+        norms = [own["norm"], *[parent._modules["norm"] for parent in parents]]
         # Not of one that inherits it, nor of an object changed: its `forward` may know nothing of rows.
         knows = "timed" in type(mixer).__dict__ and "forward" not in mixer.__dict__
-        return [[norm.modulation for norm in norms], mixer.timed() if knows else []]
+        return [[norm._modules["modulation"] for norm in norms], mixer.timed() if knows else []]
 
     def forward(self, x_BCHW: Tensor, temb_BD: Tensor, t_B: Tensor, rows: list[list[Tensor]] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W). rows: what `timed` makes of temb, where that is known already."""
-        spatial, feed = self.spatial, self.feed_forward
         (first, last, *between), own = parts.rows(temb_BD, self.timed()) if rows is None else rows
         weights = self._weights() if parts.ready(x_BCHW) else None
-        if spatial is None or weights is None:
+        if weights is None:
             x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first, own)
-            return feed(x_BCHW if spatial is None else spatial(x_BCHW, *between), last)
-        rest = [*between, last], *weights
+            return self.feed_forward(x_BCHW if self.spatial is None else self.spatial(x_BCHW, *between), last)
+        rest = [*between, last], weights[:8], weights[8:]
         law: Any = self.relaxation
         mixed = self._known(own)
         if mixed is not None:
@@ -142,20 +143,23 @@ class LiquidDiffusionBlock(nn.Module):
                 return done
         x_BCHW = self._relaxed(x_BCHW, temb_BD, t_B, first, own)
         done = parts.block(x_BCHW, None, None, False, None, *rest)
-        return feed(spatial(x_BCHW, *between), last) if done is None else done
+        return self.feed_forward(cast(Any, self.spatial)(x_BCHW, *between), last) if done is None else done
 
-    def _weights(self) -> tuple[parts.Weights, list[Tensor]] | None:
-        """Of what follows the mixer, as parts.py has it; None where that is of another form or somebody watches it."""
-        spatial, feed = self.spatial, self.feed_forward
-        if spatial is None or spatial.concat or watched(spatial, spatial.norm, feed, feed.norm):
+    def _weights(self) -> parts.Weights | None:
+        """Of pool, out, expand, contract and the scales; None where it is of another form or somebody watches it."""
+        own: Any = self._modules
+        if (spatial := own.get("spatial")) is None or spatial.concat:
             return None
-        weights, kernels = parts.weights(spatial.pool, spatial.out, feed.expand, feed.contract), spatial.kernels()
-        return None if weights is None or kernels is None else (weights, kernels)
+        mix, feed, scales = spatial._modules, own["feed_forward"]._modules, spatial._modules["scales"]._modules
+        if watched(spatial, mix["norm"], own["feed_forward"], feed["norm"]):
+            return None
+        return parts.weights(mix.get("pool"), mix["out"], feed["expand"], feed["contract"], *scales.values())
 
     def _known(self, rows: list[Tensor]) -> parts.Mixed | None:
         """The mixer as parts.py knows it; None if that, or the law, is another, or if somebody watches it."""
-        mixer: Any = self.mixer
-        if not hasattr(mixer, "mixed") or watched(mixer, self.norm) or not is_alpha_alone(self.relaxation):
+        own: Any = self._modules
+        mixer = own["mixer"]
+        if not hasattr(mixer, "mixed") or watched(mixer, own["norm"]) or not is_alpha_alone(self.relaxation):
             return None
         return mixer.mixed(rows)
 

@@ -79,10 +79,11 @@ class SparsePointwise(Pointwise):
 
 def watched(*modules: nn.Module) -> bool:
     """Tell whether somebody counts on one being called: by a hook, or by a `forward` of this one object."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    for module in modules:
+        kept = module.__dict__  # as attributes they would take twice as long, and a network asks hundreds of times
+        if kept["_forward_hooks"] or kept["_forward_pre_hooks"] or "forward" in kept:
             return True
-        if "forward" in m.__dict__:
+        if kept["_backward_hooks"] or kept["_backward_pre_hooks"]:
             return True
     return False
 
@@ -97,10 +98,8 @@ def bare(*layers: nn.Module | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    for layer in layers:
-        if layer is not None and (type(layer).forward not in _FORWARDS or watched(layer)):
-            return False
-    return True
+    given = [layer for layer in layers if layer is not None]
+    return all([type(layer).forward in _FORWARDS for layer in given]) and not watched(*given)
 
 
 @cache
