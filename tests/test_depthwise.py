@@ -178,7 +178,6 @@ def test_modes_of_torch():
     assert_close(results(depthwise, *(t.bfloat16() for t in (x, w, b, g))), want, 0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch's own, on the first dual tensor
 def test_gradients_that_are_asked_for_within_autocast_are_as_precise():
     x, w, b, g = make(2, 3, 6, 6, 5)  # few channels: torch's work
     want = results(depthwise_reference, *(t.double() for t in (x, w, b, g)))
@@ -188,6 +187,7 @@ def test_gradients_that_are_asked_for_within_autocast_are_as_precise():
         assert_close([y.detach(), *torch.autograd.grad(y, inputs, g)], want)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch's own, on the first dual tensor
 def test_a_second_derivative_and_forward_mode_raise_and_functorch_works():
     x, w, _, _ = make(2, 16, 4, 4, 3)
     if backend() == "c":
