@@ -138,8 +138,8 @@ def floor_of(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return floor
     same = floor["data_fingerprint"].isin(runs["data_fingerprint"]) & floor["extractor"].isin(runs["extractor"])
-    halves = runs["reference"].str.rpartition("/")[2].astype(int) // 2  # of as many images, or of half of all
-    off = (floor[same]["n"] - min(runs["n"].max(), halves.max())).abs()
+    halves = pd.to_numeric(runs["reference"].str.rpartition("/")[2], errors="coerce") // 2
+    off = (floor[same]["n"] - pd.Series([runs["n"].max(), halves.max()]).min()).abs()  # as many images, or half of all
     return floor.loc[off[off == off.min()].index]
 
 
