@@ -211,6 +211,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         with open(temporary, "xb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or after a loss of power other numbers could have the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
