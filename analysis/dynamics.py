@@ -17,13 +17,13 @@ Columns, a row for each block and t (and one a run for its straightness, that of
 """
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import cli
 from liquiddiff.config import BadInput
+from liquiddiff.record import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,9 +187,7 @@ def bring_up_to_date(path: Path, found: "list[Found]", out: Path) -> None:
         other = (frame[["tier", "data"]] == key[:2]).all(axis=1) & (frame["images"] != run.optim.images)
         parts = [part for part in (frame[~same & ~other], new) if len(part)]
         frame = pd.concat(parts).sort_values(RUN, kind="stable")
-        temporary = path.with_suffix(".tmp")
-        frame.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
-        os.replace(temporary, path)
+        write_atomic(path, frame.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
 
 
 def runs_of(experiment: str, out: Path) -> "list[Found]":

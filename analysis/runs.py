@@ -88,10 +88,8 @@ def from_mlflow(uri: str, wanted: Wanted = lambda arm: True) -> list[Found]:
     sql = uri.split(":")[0].split("+")[0] in {"sqlite", "postgresql", "mysql"}
     try:
         stored = _read_sql(uri) if sql else _read_client(uri)
-    except BadInput:
-        raise
     except Exception as error:  # no driver, no database, no tables: whatever SQLAlchemy can throw
-        if not sql:
+        if not sql or isinstance(error, BadInput):
             raise
         line = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise BadInput(f"{uri} cannot be read as an MLflow store ({line[0][:160]})") from error

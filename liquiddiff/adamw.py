@@ -26,7 +26,6 @@ class Update:
         self.optimizer, self.averages = optimizer, averages
         self._tensors: list[Tensor] = []  # known: each weight, its moments and count of steps; the averages
         self._pointers: list[int] = []  # where they are
-        self._weights: list[Tensor] = []
         self._arrays: Any = None  # pointers of the weights' tensors and of the averages, and sizes, as C has them
         self._strides: list[tuple[int, ...]] = []  # of gradients
 
@@ -43,12 +42,13 @@ class Update:
         """
         if is_literal() or not self._known() or (library := _library()) is None:
             return False
-        gradients = cast(list[Tensor], [weight.grad for weight in self._weights])
+        weights = self.optimizer.param_groups[0]["params"]
+        gradients = cast(list[Tensor], [weight.grad for weight in weights])
         if not native.plain(*gradients):  # nor is None
             return False
         strides = [g.stride() for g in gradients]
         if strides != self._strides:  # of those that were taken before
-            if not all(map(_in_order, self._weights, strides)):
+            if not all(map(_in_order, weights, strides)):
                 return False
             self._strides = strides
         group, count = self.optimizer.param_groups[0], len(gradients)
@@ -57,7 +57,7 @@ class Update:
         rest = count, ctypes.byref(rates), native.pool(), torch.get_num_threads()
         if library.adamw(pointers, *self._arrays, *rest):
             raise MemoryError("AdamW: out of memory")
-        torch.autograd.graph.increment_version([*self._weights, *self.averages])
+        torch.autograd.graph.increment_version([*weights, *self.averages])
         return True
 
     def _known(self) -> bool:
@@ -85,7 +85,7 @@ class Update:
                 return False
             if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
                 return False
-        self._weights, self._pointers = list(weights), [t.data_ptr() for t in tensors]
+        self._pointers = [t.data_ptr() for t in tensors]
         numbers = [weight.numel() for weight in weights]
         averages = _array(self._pointers[count:]) if self.averages else None
         self._arrays = _array(self._pointers[:count]), averages, (ctypes.c_ssize_t * len(weights))(*numbers)

@@ -60,19 +60,16 @@ class SpatialMix(nn.Module):
         """See the class; `rows` of its norm."""
         n, x_BCHW, mean = self.norm.with_mean(x_BCHW, rows_B2C)
         pooled = None if self.pool is None else self.pool(mean)
-        kernels = None if self.concat or is_literal() else self.kernels()
-        if kernels is None:
+        taken = None if self.concat or is_literal() else parts.weights(*self.scales._modules.values())
+        if taken is None:
             scales = [scale(n) for scale in self.scales]
             n = torch.cat(scales, dim=1) if self.concat else torch.stack(scales).sum(0)
             pooled = pooled.repeat(1, len(scales)) if self.concat and pooled is not None else pooled
             return self.out(n, x_BCHW, first=True, row_BC=pooled)
         # Not stacked and summed: the gradients would share memory, and clipping in place scale it once for each.
+        kernels = cast(list[Tensor], taken)
         merged = merge_kernels(kernels[::2]), functools.reduce(torch.add, kernels[1::2])
         return self.out(n, x_BCHW, first=True, row_BC=pooled, of=merged)
-
-    def kernels(self) -> list[Tensor] | None:
-        """Weight and bias of one of the parallel convolutions after the other; None where one has to be called."""
-        return cast(list[Tensor] | None, parts.weights(*self.scales._modules.values()))
 
 
 class FeedForward(nn.Module):
