@@ -41,6 +41,12 @@ def runs_folder(given: str) -> Path:
     return Path(given or "runs").expanduser()
 
 
+def near(name: str, out: Path) -> str:
+    """What to say of a run that is not there: those in `out` that begin like it, or what to give."""
+    begin = [path.parent.name for path in out.glob("*/run.yaml") if path.parent.name.startswith(Path(name).name)]
+    return f": {', '.join(sorted(begin)[:3])} begin so" if begin else f"; give a folder, or the name of one in {out}/"
+
+
 def run(command: Callable[[list[str]], int], help_text: str | None) -> int:
     """Exit status of `command` on the command line: 2 and one line for bad input."""
     if {"-h", "--help"} & set(sys.argv[1:]):

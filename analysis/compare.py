@@ -36,9 +36,7 @@ def load(name: str, out: Path = Path("runs")) -> Side:
 
     folder = next((path for path in (Path(name).expanduser(), out / name) if (path / "run.yaml").exists()), None)
     if folder is None:
-        near = sorted(path.parent.name for path in out.glob(f"{name}*/run.yaml"))[:3]
-        hint = f": {', '.join(near)} begin so" if near else f"; give a folder, or the name of one in {out}/"
-        raise BadInput(f"{name} is not a run folder{hint}")
+        raise BadInput(f"{name} is not a run folder{cli.near(name, out)}")
     run = read_run(folder)
     record = Record(run, folder.resolve().parent)
     record.folder = folder

@@ -157,7 +157,7 @@ def section(folder: Path, experiment: "Experiment", pictures: Path) -> tuple[str
         parts.append("</div>")
     head = [
         f'<h2 id="{experiment.name}">{escape(experiment.name)}: {escape(experiment.question)}</h2>',
-        f"<p><strong>Expected, before anything ran.</strong> {escape(experiment.expectation)}</p>",
+        f"<p><strong>Expected, before this room's first run.</strong> {escape(experiment.expectation)}</p>",
     ]
     row = [f"`{experiment.name}`", *(", ".join(words[word]) or "—" for word in words)]
     return "\n".join([*head, *parts]), row, used

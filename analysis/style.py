@@ -72,7 +72,8 @@ def looks(arms: list[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {arms[0]: first}
     for k, arm in enumerate(arms[1:]):
         turn, color = divmod(k, len(PALETTE))
-        styles[arm] = {"color": PALETTE[color], "marker": MARKERS[color], "linestyle": DASHES[turn % len(DASHES)]}
+        marker = MARKERS[(color + 3 * turn) % len(MARKERS)]  # of a colour another each turn, where no line is drawn
+        styles[arm] = {"color": PALETTE[color], "marker": marker, "linestyle": DASHES[turn % len(DASHES)]}
     return styles
 
 

@@ -61,6 +61,8 @@ def groups() -> dict[str, list[str]]:
 
 def check_overrides(overrides: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Refuse unknown keys and choices in one line. Returns the chosen groups, and the values of the other keys."""
+    if flag := next((override for override in overrides if override.startswith("-")), None):
+        raise BadInput(f"{flag}: there is no such option; write key=value, as in dry=true (--help lists the keys)")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:

@@ -9,6 +9,7 @@ Sample k of a seed starts from the same noise in every arm.
 
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 from analysis import cli
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     device = resolve_device(values["device"])
     velocity, shape = load(values["run"], device)
     channels, side = shape[0], resolution or shape[1]
-    folder = Path(values["run"])
+    folder = Path(values["run"]).expanduser()
     out = Path(values["out"] or (folder / "samples" if (folder / "run.yaml").exists() else "samples"))
     out.mkdir(parents=True, exist_ok=True)
     if older := [path for path in out.glob("[0-9]*.png") if path.stem.isdecimal() and int(path.stem) >= n]:
@@ -76,7 +77,10 @@ def load(name: str, device):  # type: ignore[no-untyped-def]
     from liquiddiff.record import read_run
     from liquiddiff.unet import LiquidDiffusionUNet
 
-    folder = Path(name)
+    folder = Path(name).expanduser()
+    somewhere = name[0] in "./~" or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if somewhere and not folder.exists():  # the hub would be asked for it for half a minute
+        raise BadInput(f"run={name} is not a run folder{cli.near(name, folder.parent)}")
     if (folder / "run.yaml").exists():
         from liquiddiff import budget, checkpoint
 
@@ -88,9 +92,9 @@ def load(name: str, device):  # type: ignore[no-untyped-def]
         shape, prediction = run.image_shape, run.flow.prediction
     else:
         try:
-            net = LiquidDiffusionUNet.from_pretrained(name)
+            net = LiquidDiffusionUNet.from_pretrained(str(folder) if folder.exists() else name)
         except Exception as error:  # of the hub, the network or a folder that is none
-            why = " ".join(str(error).split())[:160]
+            why = textwrap.shorten(str(error), 160, placeholder=" …")
             raise BadInput(f"run={name} is neither a run folder nor published weights ({why})") from error
         config = getattr(net, "_hub_mixin_config", {})
         shape = (config.get("in_channels", 3), *2 * (config.get("resolution", 256),))

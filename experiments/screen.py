@@ -92,8 +92,8 @@ class Sampling(Bar):
 def results(record: Record) -> None:
     """The closing table: every NFE, the floor, and where things are."""
     rows = record.evaluations()
-    pixel = any("fd_pixel" in row for row in rows)
     extractor = rows[0]["extractor"] if rows else record.run.eval.extractor
+    pixel = extractor != "pixel" and any("fd_pixel" in row for row in rows)
     name = "fid" if extractor == "inception" else f"fd_{extractor}"
     columns = [name, *(["fd_pixel"] if pixel else []), "kid", "precision", "recall"]
     widths = [max(12, len(column) + 2) for column in columns]

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from liquiddiff.config import BadInput, Data
@@ -124,7 +124,10 @@ def decode(content: Content, resolution: int, channels: int) -> np.ndarray:
     if isinstance(content, np.ndarray):
         image = Image.fromarray(content)
     else:
-        image = Image.open(io.BytesIO(content if isinstance(content, bytes) else Path(content).read_bytes()))
+        try:
+            image = Image.open(io.BytesIO(content if isinstance(content, bytes) else Path(content).read_bytes()))
+        except UnidentifiedImageError as error:  # which would name the buffer
+            raise ValueError("no image, or of a kind that Pillow does not know") from error
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("float pixels, whose range nothing tells")

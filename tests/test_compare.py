@@ -82,6 +82,7 @@ def test_other_seeds_and_unfinished_runs_are_named(pair, tmp_path, capsys):
         ([], "give two runs"),
         (["conv", "nothing"], "conv-.* begin so"),
         (["x", "y"], "x is not a run folder; give a"),
+        (["/nowhere/[x]", "y"], r"/nowhere/\[x\] is not a run folder; give a"),
         (["x", "y", "out=z.txt"], "must end in .png"),
     ],
 )

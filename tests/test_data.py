@@ -275,6 +275,9 @@ def test_more_than_one_percent_broken_is_refused(tmp_path):
         open_data(of(folder), tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
+    (folder / "bad0.jpg").write_bytes(b"no image at all")  # the first, whose reason is told
+    with pytest.raises(BadInput, match="bad0.jpg, .*: no image, or of a kind that Pillow does not know"):
+        open_data(of(folder), tmp_path / "cache")
 
 
 def test_decompression_bombs_are_undecodable(tmp_path, monkeypatch):

@@ -123,7 +123,12 @@ def test_curves_are_named_where_they_end_and_paired_by_seed(root):
 def test_a_cost_that_is_matched_is_no_axis(root):
     assert [name.split(" (")[0] for name in views.costs(view_of(root))] == ["training ms an image"]
     ((axes,),) = [figures.cost(view_of(root)).axes]
-    assert axes.get_xlabel().endswith("(a CPU, 2 threads)")
+    assert axes.get_xlabel().split("\n")[0].endswith("(a CPU, 2 threads)")
+
+
+def test_no_two_arms_look_alike_where_no_line_is_drawn():
+    looks = style.looks([f"arm{k}" for k in range(22)])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
 
 
 def test_the_front_holds_whatever_nothing_beats():

@@ -141,6 +141,7 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["experiment=mixer", "ablation=conv", "seed=0", "+optim.lr=1e-3"], "without +, ++ or ~"),
         (["data.path=/tmp"], "data.path=/tmp is nothing to data=digits: give data=folder"),
         (["optim.lr"], "write key=value"),
+        (["--dry"], "--dry: there is no such option; write key=value"),
         (["out=/proc/nothing"], "choose another place with out=DIR"),
         (["out=/proc/nothing", "seed=0,1"], "choose another place with out=DIR"),
         (
@@ -468,7 +469,7 @@ def test_a_run_survives_yaml():
         from_dict(Run, {"optim": {"lrr": 1}})
 
 
-def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
+def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, monkeypatch):
     import numpy as np
 
     from analysis import cli
@@ -495,6 +496,9 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, capsys):
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     with torch.no_grad():
         assert torch.allclose(sample.load(f"{folder}/model", "cpu")[0](x, t), (x - velocity(x, t)) / 0.5)
+    with monkeypatch.context() as context, pytest.raises(BadInput, match=rf"not a run folder: {folder.name} begin"):
+        context.setattr("liquiddiff.unet.LiquidDiffusionUNet.from_pretrained", None)  # the hub is not asked
+        sample.main([f"run={folder.parent}/{run.arm}"])
     for arguments in (["n=3"], ["run=/nowhere"], [f"run={folder}", "nfe=x"], [f"run={folder}", "solver=eular"],
                       [f"run={folder}", "shift=nan"], [f"run={folder}", "resolution=-8"]):  # fmt: skip
         with pytest.raises(BadInput):
