@@ -70,7 +70,7 @@ def check_overrides(overrides: list[str]) -> tuple[dict[str, str], dict[str, Any
         raise BadInput(f"cannot read the command line ({first_line(error)}); write key=value, {quoted}") from error
     chosen, given = {}, {}
     keys = {**flatten(Launch()), **groups()}
-    for label in ("arm", "model.size"):  # set by ablation= and model=; alone they would only rename the baseline
+    for label in ("arm", "model.size", "data.name"):  # set by ablation=, model=, data=; alone they would only rename it
         del keys[label]
     for override in parsed:
         key, value = override.key_or_group, override.value()
@@ -108,9 +108,9 @@ def of_room(room: Experiment, overrides: list[str]) -> Launch:
     return launch
 
 
-def budget_of(run: Run) -> tuple[str, int, int, int]:
+def budget_of(run: Run) -> tuple[Any, ...]:
     """What a learning rate hangs on, beside the arm and the data."""
-    return run.model.size, run.data.resolution, run.optim.images, run.optim.batch
+    return run.model.channels, run.model.blocks, run.data.resolution, run.optim.images, run.optim.batch
 
 
 @cache

@@ -31,6 +31,9 @@ def header(run: Run, baseline: Run | None, folder: Path, given: list[str]) -> No
             else f"  ({100 * (a / b - 1):+.1f} % of the baseline's {budget.human(b)})"
         )
         print(f"{name:10} {budget.human(a)}{against}")
+    if run.optim.warmup >= run.optim.images:
+        never = f"outlasts optim.images={run.optim.images}: the learning rate never reaches {run.optim.lr:g}"
+        print(f"note       optim.warmup={run.optim.warmup} {never}; give optim.warmup={run.optim.images // 10}")
     print(f"folder     {folder}", flush=True)
 
 

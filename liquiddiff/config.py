@@ -36,7 +36,7 @@ class Mixer:
 
     name: str = "cfc"
     match: str = "params"  # solve `hidden` per level to equal the baseline's: params, macs, both; none: use `expansion`
-    expansion: float = 1.0  # hidden = expansion * channels, where match is none, and in the baseline that is matched
+    expansion: float = 1.0  # hidden = expansion * channels, where match is none
     gate: str = "time"  # cfc: time, literal, static, fixed, none
     head_conv: bool = True  # cfc: a depthwise convolution in the heads g and h
     head_tanh: bool = False  # cfc: tanh on g and h, as in the published cell
@@ -174,6 +174,8 @@ CHOICES: dict[str, tuple[str, str]] = {
     "eval.extractor": ("extractor", "inception dinov2 clip effnet_lite0 digits pixel"),
     "optim.precision": ("precision", "auto fp32 bf16 fp16"),
     "model.mixer.match": ("match", "params macs both none"),
+    "model.mixer.gate": ("gate", "time literal static fixed none"),
+    "model.mixer.wiring": ("wiring", "dense ncp"),
 }
 
 
@@ -221,15 +223,17 @@ def check(run: Run) -> None:
     ).split():
         if not 0 < flat[key] < math.inf:
             raise BadInput(f"{key}={flat[key]} must be positive")
-    for key in ("optim.warmup", "optim.clip", "optim.weight_decay", "threads", "seed"):
-        if flat[key] < 0:
-            raise BadInput(f"{key}={flat[key]} must not be negative")
+    for key in ("optim.warmup", "optim.clip", "optim.weight_decay", "flow.reflow", "threads", "seed"):
+        if not 0 <= flat[key] < math.inf:
+            raise BadInput(f"{key}={flat[key]} must be 0 or more")
     if run.data.resolution % stride:
         raise BadInput(f"data.resolution={run.data.resolution} must be divisible by {stride}, the model's total stride")
     if not 0 < run.data.heldout < 1:
         raise BadInput(f"data.heldout={run.data.heldout} must lie between 0 and 1")
-    if not run.eval.nfe or min(run.eval.nfe) < 1:
-        raise BadInput(f"eval.nfe={run.eval.nfe} must be a list of positive numbers")
+    if not run.eval.nfe or min(run.eval.nfe) < 1 or len(set(run.eval.nfe)) < len(run.eval.nfe):
+        raise BadInput(f"eval.nfe={run.eval.nfe} must be a list of positive numbers, each once")
+    if run.data.channels not in (1, 3):
+        raise BadInput(f"data.channels={run.data.channels} must be 1 (grey) or 3 (colour)")
     if len(run.model.channels) != len(run.model.blocks) or not run.model.channels:
         raise BadInput(
             f"model.channels={run.model.channels} and model.blocks={run.model.blocks} must have one entry a level"
@@ -244,6 +248,14 @@ def check(run: Run) -> None:
         raise BadInput(
             f"model.channels={run.model.channels} must be multiples of 8 and model.blocks={run.model.blocks} positive"
         )
+    if run.model.mixer.match != "none" and run.model.mixer.expansion != 1:
+        raise BadInput(
+            f"model.mixer.expansion={run.model.mixer.expansion} is nothing to widths that match the baseline's: "
+            "give model.mixer.match=none as well"
+        )
+    for key in ("model.ffn_ratio", "model.mixer.expansion"):
+        if round(flat[key] * min(run.model.channels)) < 1:
+            raise BadInput(f"{key}={flat[key]} leaves no channel of model.channels={run.model.channels}")
     if any(k < 1 or k % 2 == 0 for k in run.model.mix_kernels):
         raise BadInput(f"model.mix_kernels={run.model.mix_kernels} must be odd")
     if run.model.time_dim < 0 or run.model.time_dim % 2:

@@ -104,10 +104,10 @@ def fit(
     choose("loss", run.flow.loss, flow.LOSSES)
     choose("prediction", run.flow.prediction, flow.PREDICTIONS)
     stages = len(TABLEAUX[choose("solver", run.eval.solver, TABLEAUX)][1])
-    if min(run.eval.nfe) < stages:
-        raise BadInput(
-            f"eval.nfe={min(run.eval.nfe)} is too few for solver {run.eval.solver}, which takes {stages} a step"
-        )
+    steps = [nfe // stages for nfe in run.eval.nfe]
+    if min(steps) < 1 or len(set(steps)) < len(steps):
+        why = f"{min(run.eval.nfe)} is too few" if min(steps) < 1 else f"{run.eval.nfe} has equal numbers of steps"
+        raise BadInput(f"eval.nfe={why} for solver {run.eval.solver}, which takes {stages} a step")
     if distributed.size() > 1 and run.flow.reflow:
         raise BadInput(f"flow.reflow={run.flow.reflow} trains its teacher first, which one process has to do: gpus=1")
     with distributed.first():

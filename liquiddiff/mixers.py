@@ -6,6 +6,8 @@ To add one: a class with `__init__(slot, config)` and one line in `MIXERS`. Ever
 Two more methods are for speed: what the layers of `timed()` make of the embedding is computed for all blocks at once,
 and given after t, unless that method is inherited; `mixed(rows)` tells parts.py of a mixer that it knows.
 
+In sampling, where all images have one noise level, temb and t may have one row, (1, D) and (1,), for all B images.
+
 Shapes: B batch, C channels (slot.dim), H W space, D time embedding (slot.time_dim), M hidden width (slot.hidden).
 """
 

@@ -27,6 +27,13 @@ class Peer(nn.Module, PyTorchModelHubMixin, library_name="liquiddiff", tags=["re
     """A model of diffusers, `net`, in the place of the liquid U-Net."""
 
     net: Any
+    stride: int
+
+    def check(self, x_BCHW: Tensor) -> None:
+        """Raises ValueError where a side is not divisible by the stride."""
+        H, W = x_BCHW.shape[2:]
+        if H % self.stride or W % self.stride:
+            raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
 
     @property
     def checkpointing(self) -> bool:
@@ -46,6 +53,7 @@ class DDPMUNet(Peer):
 
     def __init__(self, channels: list[int], groups: int = 8, in_channels: int = 3, resolution: int = 64):
         super().__init__()
+        self.stride = 2 ** (len(channels) - 1)
         sides = [resolution // 2**i for i in range(len(channels))]
         kinds = ["Attn" if side <= ATTENTION else "" for side in sides]
         self.net = peer("diffusers").UNet2DModel(
@@ -68,6 +76,7 @@ class DDPMUNet(Peer):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t."""
+        self.check(x_BCHW)
         return self.net(x_BCHW, 1000 * t_B.float(), return_dict=False)[0]
 
 
@@ -89,6 +98,7 @@ class DiT(Peer):
         self, heads: int, head_dim: int, depth: int = DEPTH, patch: int = 2, in_channels: int = 3, resolution: int = 64
     ):
         super().__init__()
+        self.stride = patch
         self.net = peer("diffusers").DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
@@ -108,6 +118,7 @@ class DiT(Peer):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t."""
+        self.check(x_BCHW)
         label_B = torch.zeros(len(t_B), dtype=torch.long, device=t_B.device)
         return self.net(x_BCHW, 1000 * t_B.float(), label_B, return_dict=False)[0]
 

@@ -100,7 +100,7 @@ def straightness_of(fitted: "RectifiedFlowTrainer", run: Run) -> float:
 
 
 def teacher_of(run: Run) -> Run:
-    """The baseline of the same seed, size, data and budget."""
+    """The same network trained on the data, of the same seed and budget: the baseline's, unless an arm changes both."""
     return replace(run, arm="baseline", flow=Flow())
 
 
@@ -111,8 +111,6 @@ def open_pairs(run: Run, record: Record, fingerprint: str) -> Pairs:
     that a resume needs no teacher. Raises what training raises, and BadInput where they cannot be written.
     """
     N = run.flow.reflow
-    if N < 1:
-        raise BadInput(f"flow.reflow={N} must be a number of pairs, or 0")
     folder, ranges = record.folder / "pairs", [(k, min(k + PART, N)) for k in range(0, N, PART)]
     paths = [folder / f"{start}-{stop}.safetensors" for start, stop in ranges]
     if not all(path.exists() for path in paths):

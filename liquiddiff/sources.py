@@ -197,6 +197,8 @@ def _rows(dataset: Any, where: Path, only: str | None) -> Items:
     for i, row in enumerate(dataset):
         if keep is None or row["label"] in keep:
             value = row[column]
+            if isinstance(value, str):  # a path beside the parquet file, as a struct's
+                value = {"path": value, "bytes": None}
             name, content = (value["path"], value["bytes"]) if isinstance(value, dict) else (None, value)
             yield name or f"{where.name} row {i}", content if content is not None else where.parent / (name or "")
 

@@ -193,7 +193,7 @@ def validate(trainer: RectifiedFlowTrainer, images: ImageData, n: int, batch: in
         index = torch.arange(start, min(start + batch, n))
         x = images.tensor(images.heldout[index.numpy() % len(images.heldout)])
         noise = flow.initial_noise(-1, start, len(index), tuple(x.shape[1:]))  # -1: no run's seed
-        t = ((index * 7919) % n + 0.5) / n  # 7919 is prime: every stratum once, in an order unlike the images'
+        t = ((index * 7919) % n + 0.5) / n  # prime: every stratum once (unless n is a multiple)
         x, noise, t = (v.to(trainer.device) for v in (x, noise, t))
         losses.append(flow.LOSSES["mse"](trainer.velocity(flow.interpolate(x, noise, t), t) - (noise - x)).cpu())
     losses = distributed.collect(losses)

@@ -119,7 +119,7 @@ class LiquidDiffusionUNet(
         self.decoder = nn.ModuleList(level(i, n) for i, n in enumerate(blocks))
         self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in pairs)
         self.head = nn.Sequential(
-            nn.GroupNorm(min(32, channels[0] // 4), channels[0]),
+            nn.GroupNorm(next(n for n in range(min(32, channels[0] // 4), 0, -1) if channels[0] % n == 0), channels[0]),
             nn.SiLU(),
             ZeroConv2d(channels[0], in_channels, 3, padding=1),
         )

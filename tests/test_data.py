@@ -501,7 +501,8 @@ def test_parquet_without_feature_types_or_without_bytes(tmp_path):
     rows = [{"bytes": None, "path": "sub/000.png"}, {"bytes": encoded(noise(1)), "path": None}]
     pq.write_table(pa.table({"picture": rows, "id": [1, 2]}), tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table({"id": [1, 2], "img": [encoded(noise(i)) for i in (2, 3)]}), tmp_path / "in" / "b.parquet")
-    for name, first in (("a", 0), ("b", 2)):
+    pq.write_table(pa.table({"image": ["sub/000.png", "sub/001.png"]}), tmp_path / "in" / "c.parquet")
+    for name, first in (("a", 0), ("b", 2), ("c", 0)):
         images = open_data(of(tmp_path / "in" / f"{name}.parquet"), tmp_path / "cache").images_NCHW
         assert np.array_equal(images, np.stack([np.asarray(noise(first + i)).transpose(2, 0, 1) for i in range(2)]))
 

@@ -96,5 +96,6 @@ def test_every_arm_trains_at_its_chosen_rate(path):
         assert {run.optim.lr for run in compose.plan([*command, "optim.lr=1e-5"])[1]} == {1e-5}  # what is given wins
         tiers = compose.plan(command[2:])[1][0].optim.lr
         assert compose.plan(command[1:])[1][0].optim.lr == tiers
-        for other in ("optim.images=5000", "optim.batch=32"):  # it was not chosen for these
+        wider = f"model.channels={[c + 8 for c in compose.plan(command)[1][0].model.channels]}"
+        for other in ("optim.images=5000", "optim.batch=32", wider):  # it was not chosen for these
             assert {run.optim.lr for run in compose.plan([*command, other])[1]} == {tiers}

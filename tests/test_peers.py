@@ -109,6 +109,12 @@ def test_checkpointing_changes_memory_and_nothing_else(network):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("network", PEERS)
+def test_a_side_that_does_not_fit_is_told(network):
+    with pytest.raises(ValueError, match="image size 7x7 must be divisible by 2"):
+        net_of(network)(torch.randn(1, 1, 7, 7), torch.rand(1))
+
+
 def test_dit_takes_larger_patches_of_larger_images():
     with torch.device("meta"):
         net = budget.build(Model("tiny", **SIZES["tiny"], network="dit"), (3, 256, 256))

@@ -141,6 +141,16 @@ def test_a_run_that_died_in_its_evaluation_only_evaluates(small, tmp_path, monke
         (["experiment=mixer", "ablation=conv", "seed=0", "+optim.lr=1e-3"], "without +, ++ or ~"),
         (["data.path=/tmp"], "data.path=/tmp is nothing to data=digits: give data=folder"),
         (["optim.lr"], "write key=value"),
+        (["data.name=cifar10"], "unknown key 'data.name'"),
+        (["eval.nfe=[2,3,2]"], "positive numbers, each once"),
+        (["eval.solver=heun", "eval.nfe=[2,3]"], "eval.nfe=[2, 3] has equal numbers of steps for solver heun"),
+        (["data.channels=2"], "data.channels=2 must be 1"),
+        (["flow.reflow=-3"], "flow.reflow=-3 must be 0 or more"),
+        (["optim.clip=nan"], "optim.clip=nan must be 0 or more"),
+        (["model.mixer.expansion=2"], "give model.mixer.match=none as well"),
+        (["model.mixer.match=none", "model.mixer.expansion=0.001"], "model.mixer.expansion=0.001 leaves no channel"),
+        (["model.ffn_ratio=0.001"], "model.ffn_ratio=0.001 leaves no channel"),
+        (["model.mixer.name=conv", "model.mixer.gate=nonsense"], "unknown gate 'nonsense'"),
         (["--dry"], "--dry: there is no such option; write key=value"),
         (["out=/proc/nothing"], "choose another place with out=DIR"),
         (["out=/proc/nothing", "seed=0,1"], "choose another place with out=DIR"),
@@ -351,9 +361,11 @@ def test_other_weights_of_the_extractor_are_not_taken_for_those_of_the_finished_
 
 def test_the_names_that_are_known_without_torch_are_those_of_the_registries():
     from analysis.features import EXTRACTORS
-    from liquiddiff import config, flow, solvers
+    from liquiddiff import config, flow, mixers, solvers
 
     registries = {
+        "model.mixer.gate": mixers.GATES,
+        "model.mixer.wiring": mixers.WIRINGS,
         "flow.times": flow.TIMES,
         "flow.loss": flow.LOSSES,
         "flow.prediction": flow.PREDICTIONS,

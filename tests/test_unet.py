@@ -41,6 +41,13 @@ def test_macs_are_multiply_adds():
     assert budget.cost(Net(), (4, 8, 8)).macs == 8 * 8 * 4 * 6 * 9
 
 
+@pytest.mark.parametrize("channels", [8, 96, 136, 144, 168])
+def test_any_multiple_of_8_channels_has_groups(channels):
+    with torch.device("meta"):
+        net = LiquidDiffusionUNet(Model(channels=[channels], blocks=[1]), in_channels=1)
+    assert net(torch.empty(1, 1, 4, 4, device="meta"), torch.empty(1, device="meta")).shape == (1, 1, 4, 4)
+
+
 def test_untrained_network_predicts_zero():
     v = net_of()(torch.randn(2, 1, 8, 8), torch.rand(2))
     assert v.shape == (2, 1, 8, 8)
