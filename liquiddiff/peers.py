@@ -16,7 +16,6 @@ from liquiddiff.config import BadInput, Model
 from liquiddiff.layers import ZeroLinear, peer
 from liquiddiff.unet import ZeroConv2d
 
-HEAD = 8  # DDPM: channels of an attention head, diffusers' default
 ATTENTION = 16  # DDPM: attention at levels of at most this many pixels a side (Ho et al., arXiv:2006.11239, app. B)
 DEPTH = 12  # DiT: blocks of DiT-S and DiT-B (arXiv:2212.09748, table 1)
 TOKENS = 32  # DiT: a side has at most this many, as DiT-XL/2 at 512 pixels
@@ -63,7 +62,7 @@ class DDPMUNet(Peer):
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
             up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
             block_out_channels=tuple(channels),
-            attention_head_dim=min(HEAD, *channels),
+            attention_head_dim=None,  # one head as wide as its level, as in the paper's code; diffusers' default is 8
             norm_num_groups=groups,
         )
         # As in the paper's code: the last layer of every residual branch, and of the whole.
