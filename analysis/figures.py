@@ -20,8 +20,6 @@ from analysis.views import Series, View, against, costs, pareto, series
 Ends = dict[str, tuple[float, float]]  # {arm: (x, y)}
 VERDICTS = {"better": style.PALETTE[0], "worse": style.PALETTE[3], "equivalent": style.PALETTE[2]}
 
-PAPER = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.6}  # behind text, legible over lines so
-
 
 def bands(axes: Axes, of: Series, arms: list[str]) -> tuple[Ends, list[float]]:
     """Each arm's mean over seeds, and a band from its lowest to its highest seed.
@@ -144,7 +142,8 @@ def forest(view: View) -> Figure:
     axes.axvspan(-experiment.margin, experiment.margin, color=style.PALETTE[2], alpha=0.13, linewidth=0)
     axes.axvline(0, color=style.BASELINE, linewidth=1)
     marks = {"better": "<", "worse": ">"} if experiment.lower_is_better else {"better": ">", "worse": "<"}
-    text = {"transform": axes.get_yaxis_transform(), "va": "center", "bbox": PAPER}
+    paper = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.6}  # text stays legible over lines
+    text = {"transform": axes.get_yaxis_transform(), "va": "center", "bbox": paper}
     for k, (arm, d) in enumerate(shown.items()):
         color = VERDICTS.get(d.verdict, "0.35")
         says = f"{d.verdict}  {render.difference(d.mean, d.low, d.high, d.n)}"
