@@ -88,7 +88,10 @@ def load(name: str, device):  # type: ignore[no-untyped-def]
         net = budget.build(run.model, run.image_shape)
         if not (state := checkpoint.load(folder)):
             raise BadInput(f"{folder} has no checkpoint yet")
-        net.load_state_dict(state["ema"])
+        try:
+            net.load_state_dict(state["ema"])
+        except RuntimeError as error:  # names or shapes
+            raise BadInput(f"{folder} has a network that other code built: its env.json names the commit") from error
         shape, prediction = run.image_shape, run.flow.prediction
     else:
         try:

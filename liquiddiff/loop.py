@@ -38,13 +38,17 @@ def restore(trainer: RectifiedFlowTrainer, record: Record, fingerprint: str) -> 
     """Continue from the folder's newest sound checkpoint: the seconds of its training, and the commits that did it.
 
     A new folder starts from the finished weights of a run that differs in its evaluation alone, where there is one.
-    Raises BadInput for a checkpoint of another configuration or other data.
+    Raises BadInput for a checkpoint of another configuration, other data or other code's network.
     """
     state, source = distributed.agreed(None if distributed.rank() else find_state(trainer, record, fingerprint))
     if state is None:
         record.rewind(-1)
         return 0.0, []
-    trainer.load_state(state)
+    try:
+        trainer.load_state(state)
+    except RuntimeError as error:  # names or shapes
+        way = "give another out=DIR, or force=true to start again (the old folder is kept)"
+        raise BadInput(f"the checkpoint in {source.folder} is of a network that other code built; {way}") from error
     if not record.done:
         record.rewind(trainer.images, source)
     commits = state.get("commits") or [source.env().get("commit", "")]  # older checkpoints do not tell

@@ -518,6 +518,21 @@ def test_samples_of_a_run_are_those_of_its_evaluation(small, tmp_path, monkeypat
     assert cli.arguments(["n=3"], sample.DEFAULTS)[0]["n"] == "3"
 
 
+def test_weights_of_a_network_that_other_code_built_are_refused(small, monkeypatch):
+    from dataclasses import replace
+
+    from experiments import sample
+    from liquiddiff import budget, loop
+
+    run, build = compose.plan([*small, "optim.images=64"])[1][0], budget.build
+    loop.train(run)
+    monkeypatch.setattr(budget, "build", lambda model, shape: build(replace(model, channels=[16, 16]), shape))
+    with pytest.raises(BadInput, match="is of a network that other code built; give another out=DIR, or force=true"):
+        loop.train(run)
+    with pytest.raises(BadInput, match="has a network that other code built: its env.json names the commit"):
+        sample.main([f"run={Record(run).folder}", "n=1", "nfe=1"])
+
+
 def test_rows_name_the_commits_that_trained_the_weights(small, monkeypatch, capsys):
     """Not the one that measures them: weights may be older than the code, or those of another run."""
 
