@@ -185,6 +185,13 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def check_side(x_BCHW: Tensor, stride: int) -> None:
+    """Raises ValueError where H or W is not divisible by the model's stride."""
+    H, W = x_BCHW.shape[2:]
+    if H % stride or W % stride:
+        raise ValueError(f"image size {H}x{W} must be divisible by {stride}, the model's total stride")
+
+
 def per_channel(v_BC: Tensor) -> Tensor:
     """(B, C) -> (B, C, 1, 1)."""
     return v_BC[:, :, None, None]

@@ -13,7 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from liquiddiff.config import BadInput, Model
-from liquiddiff.layers import ZeroLinear, peer
+from liquiddiff.layers import ZeroLinear, check_side, peer
 from liquiddiff.unet import ZeroConv2d
 
 ATTENTION = 16  # DDPM: attention at levels of at most this many pixels a side (Ho et al., arXiv:2006.11239, app. B)
@@ -27,12 +27,6 @@ class Peer(nn.Module, PyTorchModelHubMixin, library_name="liquiddiff", tags=["re
 
     net: Any
     stride: int
-
-    def check(self, x_BCHW: Tensor) -> None:
-        """Raises ValueError where a side is not divisible by the stride."""
-        H, W = x_BCHW.shape[2:]
-        if H % self.stride or W % self.stride:
-            raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
 
     @property
     def checkpointing(self) -> bool:
@@ -75,7 +69,7 @@ class DDPMUNet(Peer):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t."""
-        self.check(x_BCHW)
+        check_side(x_BCHW, self.stride)
         return self.net(x_BCHW, 1000 * t_B.float(), return_dict=False)[0]
 
 
@@ -117,7 +111,7 @@ class DiT(Peer):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t."""
-        self.check(x_BCHW)
+        check_side(x_BCHW, self.stride)
         label_B = torch.zeros(len(t_B), dtype=torch.long, device=t_B.device)
         return self.net(x_BCHW, 1000 * t_B.float(), label_B, return_dict=False)[0]
 

@@ -21,7 +21,7 @@ from liquiddiff import parts
 from liquiddiff.block import LiquidDiffusionBlock
 from liquiddiff.config import SIZES, Model, choose, from_dict
 from liquiddiff.depthwise import is_literal
-from liquiddiff.layers import Pointwise, Slot, transformed, upsampled
+from liquiddiff.layers import Pointwise, Slot, check_side, transformed, upsampled
 from liquiddiff.precision import at_once, low_precision
 from liquiddiff.relaxation import LAWS
 
@@ -155,8 +155,7 @@ class LiquidDiffusionUNet(
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Velocity at noise level t, (B, C, H, W). Raises ValueError where H or W is not divisible by the stride."""
         H, W = x_BCHW.shape[2:]
-        if H % self.stride or W % self.stride:
-            raise ValueError(f"image size {H}x{W} must be divisible by {self.stride}, the model's total stride")
+        check_side(x_BCHW, self.stride)
         if t_B.dim() == 1 and t_B.stride(0) == 0 and not (torch.is_grad_enabled() or transformed()):
             t_B = t_B[:1]  # a sampling's one noise level: what comes of it alone is computed once, for all images
         temb = self.time(t_B)

@@ -250,6 +250,15 @@ def test_a_path_with_other_images_is_not_taken_for_the_finished_run(small, tmp_p
     assert (folder / "run.yaml").read_text() == described and f"{tmp_path}/a/cats" in described
 
 
+def test_a_warm_up_without_end_is_told_and_a_column_shown_once(small, capsys):
+    assert main([*small, "eval.extractor=pixel", "optim.images=64"]) == 0
+    out = capsys.readouterr().out
+    assert "optim.warmup=64 outlasts optim.images=64: the learning rate never reaches 0.008; give optim.warmup=6" in out
+    assert out.count("fd_pixel") == 1
+    assert main([*small, "eval.extractor=pixel", "optim.images=96"]) == 0
+    assert "outlasts" not in capsys.readouterr().out
+
+
 def test_where_the_images_of_a_finished_run_came_from_is_told(small, tmp_path, capsys):
     (tmp_path / "copy").mkdir()
     for k in range(12):
